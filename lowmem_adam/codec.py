@@ -1,0 +1,227 @@
+"""The 8-bit format of Adam's moments: described once, encoded and decoded in plain torch.
+
+What has to stay accurate is Adam's update ``u = m / (sqrt(v) + eps)`` of every element, also where gradient
+scales inside one block lie decades apart. So, for a block of at most 128 elements:
+
+* ``root = sqrt(v)`` is coded on its float's own bit pattern, linearly between two powers of two. Read as an
+  integer, a float is a piecewise-linear log2 of itself: no table and no transcendental, hence the same bits on
+  every machine. Code 0 is exact zero ("never had a gradient"); a positive root never decodes to zero. The block
+  keeps two bytes: the biased exponent of its floor and the number of octaves above it. Whole octaves are on
+  purpose: a grid that followed the block's maximum more closely would move at almost every step, and each move
+  rounds all 128 roots anew.
+* ``m`` is coded as the ratio ``r = m / root`` to the root *just stored*, companded by ``y = r / (1 + |r|)`` =
+  ``m / (root + |m|)``, in one signed byte. It needs no scale of its own, its error is directly an error of u, and
+  zero is exact. |r| is at most (1-b1)/sqrt((1-b2)(1-b1^2/b2)), 7.27 for the default betas, when b1^2 < b2; beyond
+  ``MAX_RATIO`` = 7.94 the code saturates, which errs to smaller steps.
+* **Dither.** With beta2 = 0.999 a step moves the root by far less than a code, so rounding to nearest would freeze
+  the average. Thresholds follow a Weyl sequence in the step, keyed by (seed, block ordinal, lane): unbiased, one
+  addition, and its errors cancel in time. Roots are dithered at every step. Ratios are dithered at every second step
+  (blocks take turns) and rounded to nearest in between: always dithering costs 40% more error in one coding, never
+  dithering leaves m stuck up to half a code / (1 - beta1) off under steady gradients; taking turns keeps the fixed
+  point exact at a quarter of that cost.
+
+Moments on disk, kernels on other devices and tests all read ``FORMAT``; changing any number in it is a new version.
+
+Sources: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise 8-bit moments; companding by softsign also in
+FlashOptim (arXiv 2602.23349); integer hash constants from https://github.com/skeeto/hash-prospector; Weyl increments
+from the R2 sequence of M. Roberts (2018), lanes from the fractional parts of sqrt(2) and sqrt(3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.layout import BLOCK_SIZE, Tile
+
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """Every constant of the format. Kernels read these; none of them is stored with a tensor."""
+
+    version: int = 1
+    block_size: int = BLOCK_SIZE
+    mantissa_bits: int = 23
+    root_intervals: int = 254
+    """Root codes 1 .. 255 stand for 0 .. 254 intervals above the floor."""
+    max_octaves: int = 24
+    """Roots more than this below the block's largest take the floor, which errs to smaller steps."""
+    ratio_scale: int = 143
+    """Ratio code q stands for r = q / (ratio_scale - |q|)."""
+    ratio_limit: int = 127
+    moment_step: int = 0xC13F91E1
+    """Weyl increment a step: its upper and lower halves are the two coordinates of the R2 sequence."""
+    moment_lane: int = 0x6A09BB67
+    update_step: int = 0x9E3779B9
+    update_lane: int = 0xBB67AE85
+    update_key: int = 0x68E31DA4
+
+
+FORMAT = BlockFormat()
+
+MAX_RATIO = FORMAT.ratio_limit / (FORMAT.ratio_scale - FORMAT.ratio_limit)
+"""Largest |m / root| that a code stands for: 127 / 16."""
+
+
+class Grid(NamedTuple):
+    """Metadata of blocks, both ``(n_blocks,)`` uint8: biased exponent of the floor, octaves above it."""
+
+    floor: Tensor
+    span: Tensor
+
+
+class Codes(NamedTuple):
+    """Coded moments of a block matrix: ``exp_avg`` int8, ``root`` uint8, both ``(n_blocks, width)``, and the grid."""
+
+    exp_avg: Tensor
+    root: Tensor
+    grid: Grid
+
+
+def mix32(word: int) -> int:
+    """A bijective 32-bit hash of an integer (its upper bits are folded in first)."""
+    word = (word ^ (word >> 32) * 0x9E3779B9) & _MASK32
+    word ^= word >> 16
+    word = (word * 0x7FEB352D) & _MASK32
+    word ^= word >> 15
+    word = (word * 0x846CA68B) & _MASK32
+    return word ^ (word >> 16)
+
+
+def _mix32_tensor(word: Tensor) -> Tensor:
+    """``mix32`` of non-negative int64 values; products wrap, which leaves their low 32 bits right."""
+    word = (word ^ (word >> 32) * 0x9E3779B9) & _MASK32
+    word = word ^ (word >> 16)
+    word = (word * 0x7FEB352D) & _MASK32
+    word = word ^ (word >> 15)
+    word = (word * 0x846CA68B) & _MASK32
+    return word ^ (word >> 16)
+
+
+def _as_int32(word: Tensor) -> Tensor:
+    """Unsigned 32-bit values held in int64 as the int32 of the same bits."""
+    return torch.where(word > 0x7FFFFFFF, word - (1 << 32), word).to(torch.int32)
+
+
+class Dither:
+    """Rounding thresholds of a tile of blocks at one step: a pure function of (seed, step, block ordinal, lane).
+
+    Args:
+        tile: the blocks (their ordinals count from the start of the parameter).
+        step: 1 for the first step of the parameter.
+        seed: of the optimizer, ``0 <= seed < 2**63``.
+        device: where the thresholds are wanted.
+    """
+
+    def __init__(self, tile: Tile, step: int, seed: int, device: torch.device) -> None:
+        self.width = tile.width
+        self.step = step
+        self.block = torch.arange(tile.first_block, tile.first_block + tile.n_blocks, dtype=torch.int64, device=device)
+        self.key = _mix32_tensor((self.block & _MASK32) ^ (self.block >> 32) * 0x9E3779B9 ^ mix32(seed))
+
+    def _words(self, key: Tensor, lane: int, step: int) -> Tensor:
+        """``key + lane index * lane + self.step * step`` modulo 2**32, int32 ``(n_blocks, width)``."""
+        lanes = torch.arange(self.width, dtype=torch.int64, device=key.device) * lane & _MASK32
+        start = (key + (self.step * step & _MASK32)) & _MASK32
+        return _as_int32(start)[:, None] + _as_int32(lanes)[None, :]
+
+    def moment_thresholds(self) -> tuple[Tensor, Tensor]:
+        """float32 thresholds in [0, 1) of the roots and of the ratios, each ``(n_blocks, width)``."""
+        words = self._words(self.key, FORMAT.moment_lane, FORMAT.moment_step)
+        root = ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        ratio = ((words & 0xFFFF).to(torch.float32) + 0.5) * 2.0**-16
+        nearest = ((self.block + self.step) & 1) == 0
+        return root, ratio.masked_fill_(nearest[:, None], 0.5)
+
+    def update_words(self) -> Tensor:
+        """Uniform 16-bit integers for the stochastic rounding of parameters, int32 ``(n_blocks, width)``."""
+        key = _mix32_tensor(self.key ^ FORMAT.update_key)
+        return (self._words(key, FORMAT.update_lane, FORMAT.update_step) >> 16) & 0xFFFF
+
+
+def block_grid(root: Tensor) -> Grid:
+    """The grid of each block of roots, float32 ``(n_blocks, width)``; padding and untouched elements are zero.
+
+    The floor is the power of two at or below the smallest positive root, the ceiling the one above the largest,
+    unless they lie more than ``max_octaves`` apart. Infinite and NaN roots do not count: one of them must not ruin
+    the 127 others. A block without a positive root gets floor 0 and span 0.
+    """
+    shift = FORMAT.mantissa_bits
+    exponent = root.view(torch.int32) >> shift
+    counts = (root > 0) & (root < torch.inf)
+    top = torch.where(counts, exponent, -1).amax(dim=1)
+    bottom = torch.where(counts, exponent, 255).amin(dim=1).clamp_(min=1)
+    bottom = torch.maximum(bottom, top + 1 - FORMAT.max_octaves)
+    empty = top < 0
+    floor = bottom.masked_fill_(empty, 0)
+    span = (top + 1 - floor).clamp_(min=1).masked_fill_(empty, 0)
+    return Grid(floor.to(torch.uint8), span.to(torch.uint8))
+
+
+def _grid_bits(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Floor as int32 float bits, and span (one octave or more) in the same unit as float32; both ``(n_blocks, 1)``."""
+    floor = grid.floor.to(torch.int32)[:, None] << FORMAT.mantissa_bits
+    span = (grid.span.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits).to(torch.float32)
+    return floor, span
+
+
+def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
+    """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero (and NaN), else 1 .. 255."""
+    floor, span = _grid_bits(grid)
+    above = (root.view(torch.int32) - floor).clamp_(min=0).to(torch.float32)
+    # Tensor by tensor: torch turns a division of or by a number into a product with a rounded reciprocal.
+    codes_per_bit = torch.full_like(span, FORMAT.root_intervals) / span
+    code = above.mul_(codes_per_bit).add_(threshold).floor_()
+    code = code.clamp_(max=FORMAT.root_intervals).add_(1)
+    return code.mul_(root > 0).to(torch.uint8)
+
+
+def decode_root(code: Tensor, grid: Grid) -> Tensor:
+    """uint8 codes ``(n_blocks, width)`` to float32 roots; exact inverse of the grid, positive for every code but 0."""
+    floor, span = _grid_bits(grid)
+    bits_per_code = span / torch.full_like(span, FORMAT.root_intervals)
+    above = (code.to(torch.float32) - 1).mul_(bits_per_code).to(torch.int32)
+    # A block of zeros has floor 0, whose first code would be the float 0.0; no code but 0 may decode to it.
+    root = (above + floor).clamp_(min=1 << FORMAT.mantissa_bits).view(torch.float32)
+    return root.mul_(code > 0)
+
+
+def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor) -> Tensor:
+    """First moments, float32 ``(n_blocks, width)``, to int8 codes relative to the decoded roots.
+
+    An exact zero has code 0, and so has a moment that is not finite.
+    """
+    ratio = (exp_avg / (root + exp_avg.abs())).nan_to_num_(0.0)
+    code = ratio.mul_(FORMAT.ratio_scale).add_(threshold).floor_()
+    return code.clamp_(-FORMAT.ratio_limit, FORMAT.ratio_limit).to(torch.int8)
+
+
+def decode_ratio(code: Tensor, root: Tensor) -> Tensor:
+    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 first moments."""
+    code = code.to(torch.float32)
+    return (code / (FORMAT.ratio_scale - code.abs())).mul_(root)
+
+
+def encode(exp_avg: Tensor, root: Tensor, dither: Dither) -> Codes:
+    """Code a block matrix of moments.
+
+    Args:
+        exp_avg: first moment, float32 ``(n_blocks, width)``, padding zero.
+        root: square root of the second moment, same shape, not negative.
+        dither: thresholds of exactly these blocks.
+    """
+    root_threshold, ratio_threshold = dither.moment_thresholds()
+    grid = block_grid(root)
+    root_code = encode_root(root, grid, root_threshold)
+    return Codes(encode_ratio(exp_avg, decode_root(root_code, grid), ratio_threshold), root_code, grid)
+
+
+def decode(codes: Codes) -> tuple[Tensor, Tensor]:
+    """The first moment and the root of the second that the codes stand for, float32 ``(n_blocks, width)``."""
+    root = decode_root(codes.root, codes.grid)
+    return decode_ratio(codes.exp_avg, root), root

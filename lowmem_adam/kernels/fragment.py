@@ -1,0 +1,108 @@
+"""What a kernel is given: a fragment of a parameter with its moments, and one record of hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowmem_adam.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class CodedMoments:
+    """8-bit moments of a fragment, contiguous: codes in the parameter's order, metadata one entry a block.
+
+    ``exp_avg_code`` int8 and ``exp_avg_sq_code`` uint8 have as many elements as the fragment; ``block_floor`` and
+    ``block_span``, uint8, as many as it has blocks. Shapes are free, only the flat order counts.
+    """
+
+    exp_avg_code: Tensor
+    exp_avg_sq_code: Tensor
+    block_floor: Tensor
+    block_span: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FullMoments:
+    """fp32 moments of a fragment, contiguous, in the parameter's order."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Blocks ``[first_block, end_block)`` of one parameter: what one rank steps of it.
+
+    ``param`` (float32, bfloat16 or float16) and ``grad`` (the same dtype or float32) hold the elements of these
+    blocks and nothing else, in row-major order of whatever strides. ``layout`` is that of the whole parameter, so
+    that block ordinals, and with them every rounding decision, do not depend on how it was cut.
+    """
+
+    param: Tensor
+    grad: Tensor
+    moments: CodedMoments | FullMoments
+    layout: Layout
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """Hyperparameters of one step of one parameter, bias corrections included.
+
+    All are computed in double and rounded once, to float32, where a kernel uses them.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    """Coefficient of L2 decay, added to the gradient; 0 where the decay is decoupled."""
+    shrink: float
+    """Factor of decoupled decay on the parameter, ``1 - lr * weight_decay``; 1 where there is none."""
+    step_size: float
+    """``lr / (1 - beta1**step)``."""
+    root_scale: float
+    """``1 / sqrt(1 - beta2**step)``, which turns sqrt(v) into the bias-corrected one."""
+    maximize: bool
+    stochastic: bool
+    """Round a 16-bit parameter stochastically rather than to nearest."""
+    skip_nonfinite: bool
+    """Leave blocks with a non-finite gradient as they are, and count them."""
+    step: int
+    seed: int
+
+    @classmethod
+    def at_step(
+        cls,
+        step: int,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        maximize: bool,
+        low_precision_update: str,
+        nonfinite: str,
+        seed: int,
+    ) -> StepScalars:
+        """The record of step number ``step`` (the first is 1) from a param group's settings."""
+        beta1, beta2 = betas
+        return cls(
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=0.0 if decoupled else weight_decay,
+            shrink=1.0 - lr * weight_decay if decoupled else 1.0,
+            step_size=lr / (1.0 - beta1**step),
+            root_scale=1.0 / math.sqrt(1.0 - beta2**step),
+            maximize=maximize,
+            stochastic=low_precision_update == "stochastic",
+            skip_nonfinite=nonfinite == "skip",
+            step=step,
+            seed=seed,
+        )

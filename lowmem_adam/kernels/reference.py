@@ -1,0 +1,212 @@
+"""The step in plain torch and in the order of the paper: the oracle of every other kernel.
+
+Each operation is one torch call that rounds once. Compound calls (``addcmul``, ``lerp``, ``add(alpha=)``) are avoided:
+torch's builds contract them to fused multiply-adds on some machines and not on others, and kernels must agree in
+every bit. Work goes tile by tile, so that no temporary exceeds a few MiB however large the parameter.
+
+Source: Kingma & Ba 2015 (arXiv 1412.6980), Algorithm 1; decoupled decay of Loshchilov & Hutter 2019
+(arXiv 1711.05101), Algorithm 2, in torch's order (decay first).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem_adam import codec
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
+from lowmem_adam.layout import BLOCK_SIZE, Tile
+
+TILE_ELEMENTS = 65536
+"""Elements worked on at once: 256 KiB a temporary keeps the dozen that are alive inside a core's cache."""
+
+SMALLEST_NORMAL = 2.0**-126
+
+
+def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
+    """One Adam step on a fragment, in place.
+
+    Returns:
+        The number of blocks that were left as they were for a non-finite gradient: int64 scalar on the
+        parameter's device, so that counting does not wait for it.
+    """
+    device = fragment.param.device
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    param, grad = _FlatView(fragment.param), _FlatView(fragment.grad)
+    offset = fragment.layout.block_start(fragment.first_block)
+    for tile in fragment.layout.tiles(fragment.first_block, fragment.end_block, TILE_ELEMENTS):
+        low, high = tile.start - offset, tile.stop - offset
+        blocks = slice(tile.first_block - fragment.first_block, tile.first_block - fragment.first_block + tile.n_blocks)
+        dither = codec.Dither(tile, scalars.step, scalars.seed, device)
+
+        gradient = _to_blocks(grad.read(low, high).to(torch.float32), tile)
+        weight = _to_blocks(param.read(low, high).to(torch.float32), tile)
+        exp_avg, exp_avg_sq = _load_moments(fragment.moments, tile, low, high, blocks)
+        keep = _blocks_to_keep(gradient) if scalars.skip_nonfinite else None
+        new_weight, new_exp_avg, new_exp_avg_sq, root = _adam(weight, gradient, exp_avg, exp_avg_sq, scalars)
+
+        stored = _round_weight(new_weight, fragment.param.dtype, dither, scalars.stochastic)
+        if keep is not None:
+            skipped += keep.sum()
+            # A low-precision weight is widened and rounded back exactly, so this restores it to the bit.
+            stored = torch.where(keep, weight.to(stored.dtype), stored)
+        param.write(low, high, _from_blocks(stored, tile))
+        if isinstance(fragment.moments, CodedMoments):
+            _store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
+        else:
+            _store_full(fragment.moments, (exp_avg, exp_avg_sq), (new_exp_avg, new_exp_avg_sq), keep, tile, low, high)
+    return skipped
+
+
+def _adam(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New weight, moments and root of the second moment; all float32 ``(n_blocks, width)``, inputs unchanged."""
+    if s.maximize:
+        gradient = -gradient
+    if s.weight_decay != 0.0:
+        gradient = gradient + weight * s.weight_decay
+    new_exp_avg = (exp_avg * s.beta1).add_(gradient * (1.0 - s.beta1))
+    new_exp_avg_sq = (exp_avg_sq * s.beta2).add_((gradient * (1.0 - s.beta2)).mul_(gradient))
+    root = new_exp_avg_sq.sqrt()
+    denominator = (root * s.root_scale).add_(s.eps)
+    update = new_exp_avg / denominator
+    if s.eps < SMALLEST_NORMAL:
+        # eps vanishes in float32: an element that never had a gradient would be 0 / 0. It does not move.
+        update = update.masked_fill_(denominator == 0, 0.0)
+    new_weight = weight * s.shrink if s.shrink != 1.0 else weight
+    return new_weight - update.mul_(s.step_size), new_exp_avg, new_exp_avg_sq, root
+
+
+def _blocks_to_keep(gradient: Tensor) -> Tensor | None:
+    """Blocks with a non-finite gradient, bool ``(n_blocks, 1)``; on the CPU None where there is none."""
+    # x * 0 is 0 for finite x and NaN otherwise, and a sum of these is NaN if one of them is: cheaper than isfinite.
+    keep = (gradient * 0.0).sum(dim=1, keepdim=True) != 0
+    if gradient.device.type == "cpu" and not bool(keep.any()):
+        return None
+    return keep
+
+
+def _round_weight(weight: Tensor, dtype: torch.dtype, dither: codec.Dither, stochastic: bool) -> Tensor:
+    if dtype == torch.float32 or not stochastic:
+        return weight.to(dtype)
+    words = dither.update_words()
+    return stochastic_bfloat16(weight, words) if dtype == torch.bfloat16 else stochastic_float16(weight, words)
+
+
+def stochastic_bfloat16(weight: Tensor, words: Tensor) -> Tensor:
+    """Round float32 up or down to bfloat16, up in magnitude with probability of the part cut off.
+
+    ``words``: uniform integers in [0, 65536), int32, in the weight's shape. Infinities and NaN keep.
+    """
+    bits = (weight.view(torch.int32) + words) & -65536
+    return torch.where(weight.isfinite(), bits.view(torch.float32), weight).to(torch.bfloat16)
+
+
+def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
+    """As ``stochastic_bfloat16`` for float16, with its fixed step of 2^-24 below 2^-14 and its overflow to infinity."""
+    bits = ((weight.view(torch.int32) + (words >> 3)) & -8192).view(torch.float32)
+    magnitude = weight.abs()
+    below = ((magnitude * 2.0**24 + words * 2.0**-16).floor_() * 2.0**-24).copysign(weight)
+    rounded = torch.where(magnitude < 2.0**-14, below, bits)
+    return torch.where(weight.isfinite(), rounded, weight).to(torch.float16)
+
+
+class _FlatView:
+    """Row-major ranges of a tensor of any strides, read and written without a copy of the whole."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.flat = tensor.view(-1) if tensor.is_contiguous() else None
+
+    def read(self, low: int, high: int) -> Tensor:
+        if self.flat is not None:
+            return self.flat[low:high]
+        return self._memory()[self._positions(low, high)]
+
+    def write(self, low: int, high: int, values: Tensor) -> None:
+        if self.flat is not None:
+            self.flat[low:high].copy_(values)
+        else:
+            self._memory()[self._positions(low, high)] = values
+
+    def _memory(self) -> Tensor:
+        """The memory that the tensor spans, as one dimension."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(self.tensor.shape, self.tensor.stride(), strict=True))
+        return self.tensor.as_strided((extent,), (1,))
+
+    def _positions(self, low: int, high: int) -> Tensor:
+        """Where elements ``[low, high)`` of the row-major order lie in memory."""
+        index = torch.arange(low, high, device=self.tensor.device)
+        positions = torch.zeros_like(index)
+        for size, stride in zip(reversed(self.tensor.shape), reversed(self.tensor.stride()), strict=True):
+            positions += index % size * stride
+            index = index // size
+        return positions
+
+
+def _to_blocks(flat: Tensor, tile: Tile) -> Tensor:
+    """A tile's elements as its block matrix ``(n_blocks, width)``, tails padded with zeros."""
+    padding = tile.blocks_per_row * BLOCK_SIZE - tile.cols if tile.cols > BLOCK_SIZE else 0
+    matrix = flat.view(tile.rows, tile.cols)
+    return (F.pad(matrix, (0, padding)) if padding else matrix).view(tile.n_blocks, tile.width)
+
+
+def _from_blocks(matrix: Tensor, tile: Tile) -> Tensor:
+    """The inverse of ``_to_blocks``: the tile's elements, flat."""
+    return matrix.view(tile.rows, -1)[:, : tile.cols].reshape(-1)
+
+
+def _load_moments(
+    moments: CodedMoments | FullMoments, tile: Tile, low: int, high: int, blocks: slice
+) -> tuple[Tensor, Tensor]:
+    """First and second moment of a tile, float32 ``(n_blocks, width)``."""
+    if isinstance(moments, FullMoments):
+        return (
+            _to_blocks(moments.exp_avg.view(-1)[low:high], tile),
+            _to_blocks(moments.exp_avg_sq.view(-1)[low:high], tile),
+        )
+    exp_avg, root = codec.decode(_load_codes(moments, tile, low, high, blocks))
+    return exp_avg, root.mul_(root)
+
+
+def _load_codes(moments: CodedMoments, tile: Tile, low: int, high: int, blocks: slice) -> codec.Codes:
+    return codec.Codes(
+        _to_blocks(moments.exp_avg_code.view(-1)[low:high], tile),
+        _to_blocks(moments.exp_avg_sq_code.view(-1)[low:high], tile),
+        codec.Grid(moments.block_floor.view(-1)[blocks], moments.block_span.view(-1)[blocks]),
+    )
+
+
+def _store_codes(
+    moments: CodedMoments, new: codec.Codes, keep: Tensor | None, tile: Tile, low: int, high: int, blocks: slice
+) -> None:
+    if keep is not None:
+        old = _load_codes(moments, tile, low, high, blocks)
+        new = codec.Codes(
+            torch.where(keep, old.exp_avg, new.exp_avg),
+            torch.where(keep, old.root, new.root),
+            codec.Grid(
+                torch.where(keep[:, 0], old.grid.floor, new.grid.floor),
+                torch.where(keep[:, 0], old.grid.span, new.grid.span),
+            ),
+        )
+    moments.exp_avg_code.view(-1)[low:high].copy_(_from_blocks(new.exp_avg, tile))
+    moments.exp_avg_sq_code.view(-1)[low:high].copy_(_from_blocks(new.root, tile))
+    moments.block_floor.view(-1)[blocks].copy_(new.grid.floor)
+    moments.block_span.view(-1)[blocks].copy_(new.grid.span)
+
+
+def _store_full(
+    moments: FullMoments,
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    keep: Tensor | None,
+    tile: Tile,
+    low: int,
+    high: int,
+) -> None:
+    for tensor, before, after in zip((moments.exp_avg, moments.exp_avg_sq), old, new, strict=True):
+        value = after if keep is None else torch.where(keep, before, after)
+        tensor.view(-1)[low:high].copy_(_from_blocks(value, tile))

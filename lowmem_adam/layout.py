@@ -1,0 +1,163 @@
+"""Rows, blocks, tiles and shard cuts of a parameter: index arithmetic without tensors.
+
+A parameter of shape ``(rows, ...)`` is seen as a matrix of ``rows x cols``. Each row is cut into blocks of
+at most ``BLOCK_SIZE`` consecutive elements; the last block of a row may be shorter and no block straddles
+two rows. A one-dimensional parameter is one row. Blocks are numbered row by row, and that number, the
+block's *ordinal*, is the same whatever rank or fragment handles it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+BLOCK_SIZE = 128
+"""Elements that share one pair of metadata bytes, one dither key and one non-finite decision."""
+
+MIN_CODED_NUMEL = 4096
+"""Tensors of two and more dimensions with fewer elements keep fp32 moments: nothing worth saving."""
+
+MIN_CODED_NUMEL_1D = 65536
+"""One-dimensional tensors (norms, biases) keep fp32 moments below this; flat partitions lie above it."""
+
+
+def is_coded(shape: Sequence[int]) -> bool:
+    """Whether the moments of a parameter of this GLOBAL shape are stored in 8 bits.
+
+    Always ask with the global shape: a decision on a rank's local part would differ between ranks and
+    change when the world size does.
+    """
+    numel = math.prod(shape)
+    return numel >= (MIN_CODED_NUMEL if len(shape) >= 2 else MIN_CODED_NUMEL_1D)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A contiguous piece of a parameter that is small enough to be worked on at once.
+
+    ``rows`` rows of ``cols`` elements, every row starting at a block start; flat elements
+    ``[start, start + rows * cols)``; blocks ``[first_block, first_block + n_blocks)``.
+    """
+
+    rows: int
+    cols: int
+    start: int
+    first_block: int
+
+    @property
+    def stop(self) -> int:
+        """Flat index one past the last element."""
+        return self.start + self.rows * self.cols
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks that one row takes, a shorter last one included."""
+        return -(-self.cols // BLOCK_SIZE)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in all."""
+        return self.rows * self.blocks_per_row
+
+    @property
+    def width(self) -> int:
+        """Columns of the tile's block matrix ``(n_blocks, width)``: short rows need no padding to a full block."""
+        return min(self.cols, BLOCK_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the blocks of one parameter lie: ``rows`` rows of ``cols`` elements."""
+
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Layout:
+        """The layout of a (global) shape; a scalar is one row of one element."""
+        if len(shape) < 2:
+            return cls(1, math.prod(shape))
+        return cls(shape[0], math.prod(shape[1:]))
+
+    @property
+    def numel(self) -> int:
+        """Elements in all."""
+        return self.rows * self.cols
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks that one row takes, a shorter last one included."""
+        return -(-self.cols // BLOCK_SIZE)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in all."""
+        return self.rows * self.blocks_per_row
+
+    def block_start(self, block: int) -> int:
+        """Flat index of the first element of a block; ``block == n_blocks`` gives ``numel``."""
+        if block == self.n_blocks:
+            return self.numel
+        row, within = divmod(block, self.blocks_per_row)
+        return row * self.cols + within * BLOCK_SIZE
+
+    def tiles(self, first_block: int, end_block: int, max_elements: int) -> Iterator[Tile]:
+        """Cover blocks ``[first_block, end_block)`` by tiles of at most about ``max_elements`` elements.
+
+        Whole rows go together where several fit into a tile; a run that begins or ends inside a row, and a
+        row longer than a tile, gives tiles of one (part of a) row. A tile holds at least one block.
+        """
+        per_row = self.blocks_per_row
+        rows_per_tile = max(1, max_elements // max(1, self.cols))
+        blocks_per_tile = max(1, max_elements // BLOCK_SIZE)
+        block = first_block
+        while block < end_block:
+            row, within = divmod(block, per_row)
+            whole_rows = min(rows_per_tile, (end_block - block) // per_row)
+            start = self.block_start(block)
+            if within == 0 and whole_rows > 0 and per_row <= blocks_per_tile:
+                yield Tile(whole_rows, self.cols, start, block)
+                block += whole_rows * per_row
+            else:
+                n_blocks = min(blocks_per_tile, per_row - within, end_block - block)
+                stop = min(start + n_blocks * BLOCK_SIZE, (row + 1) * self.cols)
+                yield Tile(1, stop - start, start, block)
+                block += n_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Blocks ``[first_block, end_block)`` of the parameter with index ``param`` in a list of parameters."""
+
+    param: int
+    first_block: int
+    end_block: int
+
+
+def cut_into_shards(layouts: Sequence[Layout], world_size: int) -> list[list[Run]]:
+    """Cut the blocks of all parameters, taken as one list, into ``world_size`` contiguous shards.
+
+    Rank r gets blocks ``[r * total // world_size, (r + 1) * total // world_size)`` of the list, so shards
+    differ by at most one block whatever the shapes; a rank may get none where there are too few.
+
+    Raises:
+        ValueError: ``world_size`` is below 1.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; accepted: integers from 1")
+    total = sum(layout.n_blocks for layout in layouts)
+    shards: list[list[Run]] = []
+    for rank in range(world_size):
+        first, end = rank * total // world_size, (rank + 1) * total // world_size
+        shards.append(list(_runs_between(layouts, first, end)))
+    return shards
+
+
+def _runs_between(layouts: Sequence[Layout], first: int, end: int) -> Iterator[Run]:
+    offset = 0
+    for param, layout in enumerate(layouts):
+        low, high = max(first - offset, 0), min(end - offset, layout.n_blocks)
+        if low < high:
+            yield Run(param, low, high)
+        offset += layout.n_blocks

@@ -1,0 +1,338 @@
+"""``Adam8bit`` and ``AdamW8bit``: param groups, state, and a step that reads as its phases."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowmem_adam import checkpoint, kernels, settings
+from lowmem_adam.codec import FORMAT
+from lowmem_adam.kernels.fragment import Fragment, StepScalars
+from lowmem_adam.layout import Layout
+from lowmem_adam.state import keeps_codes, memory_by_kind, moments_of, new_state
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A parameter that this step changes, with everything about it checked."""
+
+    param: Tensor
+    grad: Tensor
+    group: dict[str, Any]
+    label: str
+
+
+class Adam8bit(torch.optim.Optimizer):
+    """Adam with 8-bit moments: about 2.02 bytes of state a parameter instead of 8.
+
+    A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has three phases:
+
+    1. *check*: settings, gradients and state of all parameters; an error leaves everything unchanged;
+    2. *state*: zero moments for parameters that get their first gradient;
+    3. *update*: each parameter in one pass: decode, Adam in fp32, encode; blocks with a non-finite gradient stay.
+
+    Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
+    least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
+
+    Args:
+        params: parameters, named parameters, or param-group dictionaries; float32, bfloat16 or float16. Every
+            keyword below may be set per group.
+        lr: learning rate, a number or a one-element tensor.
+        betas: decay rates of the two moments, each from 0 below 1.
+        eps: added to the denominator.
+        weight_decay: L2 coefficient, added to the gradient.
+        maximize: ascend instead of descend.
+        moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code.
+        low_precision_update: how bfloat16 and float16 parameters are rounded: ``"stochastic"`` lets updates smaller
+            than their rounding step add up on average, ``"nearest"`` loses them.
+        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
+            parameter and moments and is counted in ``stats()``; ``"error"``: an error before anything changes;
+            ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit moments are reset).
+        seed: keys all rounding decisions; equal seeds give equal bits.
+        backend: ``None`` for the best there is, or ``"reference"``.
+
+    Raises:
+        ValueError: a value or parameter that is not accepted; the message names it and what is.
+        TypeError: a keyword of another optimizer; the message says what to use instead.
+
+    Source: Kingma & Ba 2015 (arXiv 1412.6980).
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        moments: str = "8bit",
+        low_precision_update: str = "stochastic",
+        nonfinite: str = "skip",
+        seed: int = 0,
+        backend: str | None = None,
+        **unsupported: object,
+    ) -> None:
+        settings.refuse_keywords(unsupported)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "moments": moments,
+            "low_precision_update": low_precision_update,
+            "nonfinite": nonfinite,
+            "seed": seed,
+            "backend": backend,
+            "decoupled_weight_decay": self._decoupled,
+            "format_version": FORMAT.version,
+        }
+        settings.check_group(defaults, type(self).__name__)
+        self._reset_counters()
+        super().__init__(params, defaults)
+
+    # ---------------------------------------------------------------- param groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: a setting or parameter that is not accepted, or a parameter that the optimizer already has;
+                no group is added.
+        """
+        group = dict(param_group)
+        params = group["params"]
+        if not isinstance(params, torch.Tensor | set):
+            group["params"] = params = list(params)
+        where = f"param group {len(self.param_groups)}"
+        settings.check_group({**self.defaults, **group}, where)
+        for name in ("decoupled_weight_decay", "format_version"):
+            if group.get(name, self.defaults[name]) != self.defaults[name]:
+                raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
+        if not isinstance(params, set):  # torch refuses sets: their order changes from run to run
+            self._check_params([params] if isinstance(params, Tensor) else params, where)
+        super().add_param_group(group)
+
+    def _check_params(self, params: list[Any], where: str) -> None:
+        seen = {id(p): f"param group {g}" for g, group in enumerate(self.param_groups) for p in group["params"]}
+        for index, entry in enumerate(params):
+            name, param = entry if isinstance(entry, tuple) else (None, entry)
+            label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
+            if not isinstance(param, Tensor):
+                raise TypeError(f"{label} is a {type(param).__name__}; accepted: tensors, or (name, tensor) pairs")
+            if id(param) in seen:
+                raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
+            seen[id(param)] = label
+            if param.dtype not in PARAM_DTYPES:
+                raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
+            if param.layout != torch.strided:
+                raise ValueError(f"{label} has layout {param.layout}; accepted: torch.strided")
+            if type(param.detach()) is not Tensor:
+                raise ValueError(
+                    f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors "
+                    "(sharded and quantized tensor classes are not supported in this version)"
+                )
+
+    # ---------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: a setting, a gradient or a state that is not accepted; a non-finite gradient under
+                ``nonfinite="error"``. No parameter and no state has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._checked_work()
+        for item in work:
+            if not self.state[item.param]:
+                self.state[item.param] = new_state(item.param, item.group["moments"])
+        for item in work:
+            self._update(item)
+        self._warn_of_skipped()
+        return loss
+
+    def _checked_work(self) -> list[_Work]:
+        work: list[_Work] = []
+        for group_index, group in enumerate(self.param_groups):
+            settings.check_group(group, f"param group {group_index}")
+            for param, label in _labelled_params(group, group_index):
+                if param.grad is None:
+                    continue
+                _check_gradient(param, param.grad, label)
+                if self.state[param] and keeps_codes(param.shape, group["moments"]) != (
+                    "exp_avg_code" in self.state[param]
+                ):
+                    held = "8bit" if "exp_avg_code" in self.state[param] else "32bit"
+                    raise ValueError(f"{label}: moments is {group['moments']!r}; accepted: {held!r}, as its state")
+                work.append(_Work(param, param.grad, group, label))
+        for item in work:
+            if item.group["nonfinite"] == "error" and not bool(item.grad.isfinite().all()):
+                count = int((~item.grad.isfinite()).sum())
+                raise ValueError(
+                    f"{item.label}: {count} of {item.grad.numel()} gradient elements are not finite; accepted with "
+                    'nonfinite="error": finite gradients'
+                )
+        return work
+
+    def _update(self, item: _Work) -> None:
+        param, group, state = item.param, item.group, self.state[item.param]
+        state["step"] += 1
+        scalars = StepScalars.at_step(
+            int(state["step"]),
+            lr=float(group["lr"]),
+            betas=(float(group["betas"][0]), float(group["betas"][1])),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            low_precision_update=group["low_precision_update"],
+            nonfinite=group["nonfinite"],
+            seed=group["seed"],
+        )
+        layout = Layout.of(param.shape)
+        fragment = Fragment(param.detach(), item.grad.detach(), moments_of(state), layout, 0, layout.n_blocks)
+        skipped = kernels.choose(group["backend"])(fragment, scalars)
+        if group["nonfinite"] == "skip":
+            device = skipped.device
+            self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
+
+    # ---------------------------------------------------------------- what happened, and what is held
+
+    def stats(self) -> dict[str, int]:
+        """Counts since construction: ``skipped_blocks``, blocks left out of a step for a non-finite gradient."""
+        count = sum(int(skipped) for skipped in self._skipped.values())
+        return {"skipped_blocks": count}
+
+    def memory_report(self) -> dict[str, Any]:
+        """Bytes of optimizer state, measured from the tensors held.
+
+        Returns:
+            ``parameters``: elements of all parameters; ``bytes``: by kind of tensor; ``total_bytes``;
+            ``bytes_per_parameter``; ``ranks``: total bytes of every rank. State exists from the first step on.
+        """
+        parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
+        kinds = memory_by_kind(list(self.state.values()))
+        total = sum(kinds.values())
+        return {
+            "parameters": parameters,
+            "bytes": kinds,
+            "total_bytes": total,
+            "bytes_per_parameter": total / parameters if parameters else 0.0,
+            "ranks": [total],
+        }
+
+    def _reset_counters(self) -> None:
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._warned = False
+
+    def _warn_of_skipped(self) -> None:
+        # On an accelerator reading the count would wait for it; stats() tells there.
+        on_cpu = self._skipped.get(torch.device("cpu"))
+        if not self._warned and on_cpu is not None and int(on_cpu):
+            self._warned = True
+            warnings.warn(
+                f"non-finite gradients: {int(on_cpu)} blocks of at most {FORMAT.block_size} elements kept their "
+                'parameters and moments; stats()["skipped_blocks"] counts on, nonfinite="error" stops instead',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # ---------------------------------------------------------------- saving, loading, copying
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, bit for bit; the tensors are copied.
+
+        Settings of the param groups come from the saved state, except ``backend``, which is the machine's.
+
+        Raises:
+            ValueError: state that does not fit, see ``checkpoint.check``; nothing has changed then.
+        """
+        held = {param: dict(state) for param, state in self.state.items()}
+
+        def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            checkpoint.check(given, self.param_groups)
+            return checkpoint.seal(given, self.param_groups)
+
+        def unseal(_: torch.optim.Optimizer) -> None:
+            checkpoint.unseal(self.state, held)
+
+        # As hooks, so that the user's own hooks see plain tensors on both sides.
+        before = self.register_load_state_dict_pre_hook(check_and_seal)
+        after = self.register_load_state_dict_post_hook(unseal, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_skipped": self._skipped, "_warned": self._warned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_skipped" not in self.__dict__:
+            self._reset_counters()
+        super().__setstate__(state)
+
+
+class AdamW8bit(Adam8bit):
+    """``Adam8bit`` with decoupled weight decay: a drop-in for ``torch.optim.AdamW``.
+
+    Arguments are those of ``Adam8bit``; every step first scales the parameter by ``1 - lr * weight_decay``.
+
+    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **keywords)
+
+
+def _labelled_params(group: dict[str, Any], group_index: int) -> Iterator[tuple[Tensor, str]]:
+    """Parameters of a group with the words that name them in an error."""
+    names = group.get("param_names")
+    for index, param in enumerate(cast("list[Tensor]", group["params"])):
+        yield param, f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
+
+
+def _check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
+    if grad.layout != torch.strided:
+        raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
+    accepted = tuple(dict.fromkeys((param.dtype, torch.float32)))
+    if grad.dtype not in accepted:
+        raise ValueError(f"{label}: its gradient has dtype {grad.dtype}; accepted: {', '.join(map(str, accepted))}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{label}: its gradient has shape {tuple(grad.shape)}; accepted: {tuple(param.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{label}: its gradient is on {grad.device}; accepted: {param.device}")

@@ -1,0 +1,139 @@
+"""Checks of every setting of a param group: an error names the value given and the values accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+
+from lowmem_adam.codec import FORMAT
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "moments": ("8bit", "32bit"),
+    "low_precision_update": ("nearest", "stochastic"),
+    "nonfinite": ("skip", "error", "propagate"),
+    "backend": (None, "reference"),
+    "maximize": (False, True),
+}
+
+LATER: dict[str, tuple[object, ...]] = {
+    "moments": ("bnb8bit",),
+    "low_precision_update": ("split", "fp32"),
+    "backend": ("cpu", "triton", "bitsandbytes"),
+}
+"""Planned values that this version does not have; the error says so instead of calling them unknown."""
+
+INSTEAD: dict[str, str] = {
+    "amsgrad": "there is no AMSGrad variant; drop it",
+    "fused": "drop it: every step runs in one pass over the parameter",
+    "foreach": "drop it: one call steps all parameters",
+    "capturable": "drop it",
+    "differentiable": "drop it: the step is not differentiable",
+    "decoupled_weight_decay": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
+    "adamw_mode": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
+    "bias_correction": "drop it: moments are always bias-corrected",
+    "optim_bits": 'moments="8bit" or moments="32bit"',
+    "block_wise": "drop it: moments are always stored by blocks of 128",
+    "block_size": "drop it: blocks always have 128 elements",
+    "min_8bit_size": 'put parameters into a group with moments="32bit" to keep them in fp32',
+    "percentile_clipping": "clip with torch.nn.utils.clip_grad_norm_",
+    "max_unorm": "clip with torch.nn.utils.clip_grad_norm_",
+    "skip_zeros": "drop it",
+    "is_paged": "drop it: moments are not paged",
+    "bf16_stochastic_round": 'low_precision_update="stochastic", which is the default',
+    "master_weight_bits": 'low_precision_update="nearest" or "stochastic"',
+    "correct_bias": "drop it: moments are always bias-corrected",
+}
+"""Keywords of other optimizers and what to use here."""
+
+NOT_YET = ("shard_group", "offload")
+"""Keywords whose only accepted value in this version is None."""
+
+
+def refuse_keywords(keywords: Mapping[str, object]) -> None:
+    """Refuse constructor keywords that are not ours.
+
+    Raises:
+        TypeError: any keyword but ``shard_group=None`` and ``offload=None``; says what to use instead.
+    """
+    for name, value in keywords.items():
+        if name in NOT_YET:
+            if value is None:
+                continue
+            raise ValueError(f"{name} is {value!r}, which this version does not have yet; accepted: None")
+        hint = INSTEAD.get(name)
+        accepted = "lr, betas, eps, weight_decay, maximize, moments, low_precision_update, nonfinite, seed, backend"
+        raise TypeError(
+            f"{name}={value!r}: not a setting of this optimizer; " + (hint or f"accepted settings: {accepted}")
+        )
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check every setting of a param group.
+
+    Args:
+        group: the settings, complete with defaults.
+        where: names the group in errors, such as ``"param group 0"``.
+
+    Raises:
+        ValueError: a value that is not accepted.
+        TypeError: a setting that is another optimizer's.
+    """
+    _check_number(group, "lr", where, allow_tensor=True)
+    _check_number(group, "eps", where)
+    _check_number(group, "weight_decay", where)
+    _check_betas(group["betas"], where)
+    for name, accepted in CHOICES.items():
+        _check_choice(name, group[name], accepted, where)
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"{where}: seed is {seed!r}; accepted: integers from 0 below 2**63")
+    for name in group:
+        if name in INSTEAD and name != "decoupled_weight_decay":
+            raise TypeError(f"{where}: {name}={group[name]!r} is not a setting of this optimizer; {INSTEAD[name]}")
+
+
+def check_version(version: object, where: str) -> None:
+    """Check the format version of saved state.
+
+    Raises:
+        ValueError: another version than this code reads.
+    """
+    if version != FORMAT.version:
+        raise ValueError(
+            f"{where}: format version {version!r}; accepted: {FORMAT.version} "
+            "(state of a newer version needs a newer lowmem_adam)"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def _check_number(group: Mapping[str, Any], name: str, where: str, *, allow_tensor: bool = False) -> None:
+    value = group[name]
+    is_number = _is_number(value)
+    if allow_tensor and isinstance(value, torch.Tensor):
+        is_number = value.numel() == 1 and not value.is_complex()
+    if not is_number or not math.isfinite(float(value)) or float(value) < 0:
+        kinds = "finite numbers from 0" + (", or a tensor of one element" if allow_tensor else "")
+        raise ValueError(f"{where}: {name} is {value!r}; accepted: {kinds}")
+
+
+def _check_betas(betas: object, where: str) -> None:
+    good = (
+        isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= float(b) < 1 for b in betas)
+    )
+    if not good:
+        raise ValueError(f"{where}: betas is {betas!r}; accepted: two numbers from 0 below 1")
+
+
+def _check_choice(name: str, value: object, accepted: tuple[object, ...], where: str) -> None:
+    # `in` alone would take 1 for True.
+    if any(value is choice or (isinstance(value, str) and value == choice) for choice in accepted):
+        return
+    known = " (planned, not in this version)" if isinstance(value, str) and value in LATER.get(name, ()) else ""
+    raise ValueError(f"{where}: {name} is {value!r}{known}; accepted: {', '.join(map(repr, accepted))}")

@@ -1,0 +1,64 @@
+"""The state of one parameter: which tensors it has, how they begin, and as what a kernel sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.kernels.fragment import CodedMoments, FullMoments
+from lowmem_adam.layout import Layout, is_coded
+
+CODED_KEYS = ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")
+FULL_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def keeps_codes(shape: Sequence[int], moments: str) -> bool:
+    """Whether a parameter of this global shape keeps 8-bit codes in a group with this ``moments`` setting."""
+    return moments == "8bit" and is_coded(shape)
+
+
+def expected_tensors(shape: Sequence[int], moments: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in a parameter's state, ``step`` included.
+
+    Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0.
+    """
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.int64)}
+    if keeps_codes(shape, moments):
+        layout = Layout.of(shape)
+        blocks = (layout.rows, layout.blocks_per_row)
+        tensors["exp_avg_code"] = (tuple(shape), torch.int8)
+        tensors["exp_avg_sq_code"] = (tuple(shape), torch.uint8)
+        tensors["block_floor"] = (blocks, torch.uint8)
+        tensors["block_span"] = (blocks, torch.uint8)
+    else:
+        tensors["exp_avg"] = (tuple(shape), torch.float32)
+        tensors["exp_avg_sq"] = (tuple(shape), torch.float32)
+    return tensors
+
+
+def new_state(param: Tensor, moments: str) -> dict[str, Tensor]:
+    """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU."""
+    return {
+        name: torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else param.device)
+        for name, (shape, dtype) in expected_tensors(param.shape, moments).items()
+    }
+
+
+def moments_of(state: Mapping[str, Any]) -> CodedMoments | FullMoments:
+    """The moments in a parameter's state, as a kernel takes them."""
+    if "exp_avg_code" in state:
+        return CodedMoments(*(state[key] for key in CODED_KEYS))
+    return FullMoments(*(state[key] for key in FULL_KEYS))
+
+
+def memory_by_kind(states: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of the tensors held, summed by key over all parameters."""
+    kinds: dict[str, int] = {}
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                kinds[key] = kinds.get(key, 0) + value.nbytes
+    return kinds
