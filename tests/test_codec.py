@@ -14,6 +14,7 @@ from lowmem_adam.codec import FORMAT, MAX_RATIO, Dither, Grid
 from lowmem_adam.layout import Tile
 
 MIDDLE = torch.tensor(0.5)
+NEAREST = torch.tensor(True)
 ALL_ROOT_CODES = torch.arange(256, dtype=torch.uint8)
 ALL_RATIO_CODES = torch.arange(-FORMAT.ratio_limit, FORMAT.ratio_limit + 1, dtype=torch.int8)
 
@@ -79,7 +80,7 @@ def test_ratio_codes_are_the_rational_numbers_they_are_documented_as() -> None:
     exact = [struct.unpack("f", struct.pack("f", q / (143 - abs(q))))[0] for q in range(-127, 128)]
     assert decoded.tolist() == exact
     assert decoded.max().item() == MAX_RATIO == 7.9375
-    assert torch.equal(codec.encode_ratio(decoded, root, MIDDLE), ALL_RATIO_CODES)
+    assert torch.equal(codec.encode_ratio(decoded, root, MIDDLE, NEAREST), ALL_RATIO_CODES)
 
 
 def test_all_pairs_of_codes_survive_a_round_trip() -> None:
@@ -91,7 +92,7 @@ def test_all_pairs_of_codes_survive_a_round_trip() -> None:
         exp_avg = codec.decode_ratio(ratio_codes, root)
         # Below 2^-120 the products m = r * root are denormal and lose digits: those floors are left out.
         if floor > 7 and floor + span < 250:
-            assert torch.equal(codec.encode_ratio(exp_avg, root, MIDDLE), ratio_codes)
+            assert torch.equal(codec.encode_ratio(exp_avg, root, MIDDLE, NEAREST), ratio_codes)
         assert exp_avg.isfinite().all() or floor + span >= 250
 
 
@@ -112,7 +113,7 @@ def test_the_bound_on_the_ratio_is_reached_but_not_passed(betas: tuple[float, fl
 def test_a_ratio_beyond_the_last_code_saturates() -> None:
     root = torch.ones(2)
     exp_avg = torch.tensor([1e6, -1e30])
-    code = codec.encode_ratio(exp_avg, root, MIDDLE)
+    code = codec.encode_ratio(exp_avg, root, MIDDLE, NEAREST)
     assert code.tolist() == [127, -127]
     assert codec.decode_ratio(code, root).tolist() == [MAX_RATIO, -MAX_RATIO]
 
@@ -198,7 +199,7 @@ def test_thresholds_lie_in_the_unit_interval_for_any_step_and_block() -> None:
     for step in (1, 2, 2**31 - 1, 2**31, 2**32 + 5, 2**40):
         for first_block in (0, 2**31 - 2, 2**33 + 1):
             d = dither(4, step, first_block=first_block)
-            for threshold in d.moment_thresholds():
+            for threshold in d.moment_thresholds()[:2]:
                 assert (threshold >= 0).all()
                 assert (threshold < 1).all()
             words = d.update_words()
@@ -211,11 +212,18 @@ def test_mix32_of_tensors_and_of_integers_agree() -> None:
     assert codec._mix32_tensor(torch.tensor(values)).tolist() == [codec.mix32(v) for v in values]
 
 
-def test_ratios_are_dithered_at_every_second_step_in_turns() -> None:
+def test_small_ratios_are_dithered_at_every_second_step_in_turns_and_large_ones_always() -> None:
+    threshold = torch.tensor(0.99)
     for step in (1, 2):
-        ratio = dither(6, step).moment_thresholds()[1]
-        nearest = (ratio == 0.5).all(dim=1).tolist()
-        assert nearest == [(block + step) % 2 == 0 for block in range(6)]
+        nearest = dither(6, step).moment_thresholds()[2]
+        assert nearest[:, 0].tolist() == [(block + step) % 2 == 0 for block in range(6)]
+    root, always = torch.ones(()), FORMAT.ratio_always_dithered
+    # A little above code q: rounds up with this threshold and down to nearest. r = y / (1 - y) undoes the companding.
+    for q, up_when_nearest in ((always - 2, 0), (always + 2, 1), (-always + 1, 0), (-always - 3, 1)):
+        y = (q + 0.1) / FORMAT.ratio_scale
+        exp_avg = torch.tensor(y / (1 - abs(y)))
+        assert codec.encode_ratio(exp_avg, root, threshold, torch.tensor(False)).item() == q + 1
+        assert codec.encode_ratio(exp_avg, root, threshold, NEAREST).item() == q + up_when_nearest
 
 
 def test_thresholds_fill_the_interval_evenly_in_time() -> None:
