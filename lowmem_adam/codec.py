@@ -15,7 +15,7 @@ scales inside one block lie decades apart. So, for a block of at most 128 elemen
   ``MAX_RATIO`` = 7.94 the code saturates, which errs to smaller steps.
 * **Dither.** With beta2 = 0.999 a step moves the root by far less than a code, so rounding to nearest would freeze
   the average. Thresholds follow a Weyl sequence in the step, keyed by (seed, block ordinal, lane): unbiased, one
-  addition, and its errors cancel in time. Roots are dithered at every step, and so are ratios of 2.04 and more, whose
+  addition, and its errors cancel in time. Roots are dithered at every step, and so are ratios beyond 2.04, whose
   codes are wide and whose roots rise fast (the first hundred steps of a steady gradient). Smaller ratios are dithered
   at every second step, blocks taking turns, and rounded to nearest in between: never dithering leaves m stuck up to
   half a code / (1 - beta1) off (updates 12% too large after 400 steps of a constant gradient), always dithering
@@ -56,7 +56,7 @@ class BlockFormat:
     """Ratio code q stands for r = q / (ratio_scale - |q|)."""
     ratio_limit: int = 127
     ratio_always_dithered: int = 96
-    """From this code on ratios are dithered at every step, below it at every second."""
+    """Ratios beyond this code are dithered at every step, the others at every second."""
     moment_step: int = 0xC13F91E1
     """Weyl increment a step: its upper and lower halves are the two coordinates of the R2 sequence."""
     moment_lane: int = 0x6A09BB67
@@ -66,6 +66,8 @@ class BlockFormat:
 
 
 FORMAT = BlockFormat()
+
+_INFINITY_BITS = 0x7F800000
 
 MAX_RATIO = FORMAT.ratio_limit / (FORMAT.ratio_scale - FORMAT.ratio_limit)
 """Largest |m / root| that a code stands for: 127 / 16."""
@@ -155,16 +157,21 @@ def block_grid(root: Tensor) -> Grid:
 
     The floor is the power of two at or below the smallest positive root, the ceiling the one above the largest,
     unless they lie more than ``max_octaves`` apart. Infinite and NaN roots do not count: one of them must not ruin
-    the 127 others. A block without a positive root gets floor 0 and span 0.
+    the 127 others. A block without a positive finite root gets floor 0 and span 0.
     """
-    shift = FORMAT.mantissa_bits
-    exponent = root.view(torch.int32) >> shift
-    counts = (root > 0) & (root < torch.inf)
-    top = torch.where(counts, exponent, -1).amax(dim=1)
-    bottom = torch.where(counts, exponent, 255).amin(dim=1).clamp_(min=1)
-    bottom = torch.maximum(bottom, top + 1 - FORMAT.max_octaves)
-    empty = top < 0
-    floor = bottom.masked_fill_(empty, 0)
+    # As integers, without the sign that a NaN may have. Comparisons and selections of single elements cost torch
+    # ten times what arithmetic does, so they are kept to whole blocks and to the rare case.
+    bits = root.view(torch.int32) & 0x7FFFFFFF
+    top = bits.amax(dim=1)
+    if root.device.type != "cpu" or bool((top >= _INFINITY_BITS).any()):
+        bits = torch.where(bits < _INFINITY_BITS, bits, 0)
+        top = bits.amax(dim=1)
+    # Subtracting 1 sends zeros beyond all others.
+    bottom = ((bits - 1) & 0x7FFFFFFF).amin(dim=1) + 1
+    empty = top == 0
+    top = top >> FORMAT.mantissa_bits
+    floor = torch.maximum((bottom >> FORMAT.mantissa_bits).clamp_(min=1), top + 1 - FORMAT.max_octaves)
+    floor = floor.masked_fill_(empty, 0)
     span = (top + 1 - floor).clamp_(min=1).masked_fill_(empty, 0)
     return Grid(floor.to(torch.uint8), span.to(torch.uint8))
 
@@ -177,36 +184,40 @@ def _grid_bits(grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
-    """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero (and NaN), else 1 .. 255."""
+    """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero, else 1 .. 255; not finite takes the ceiling."""
     floor, span = _grid_bits(grid)
-    above = (root.view(torch.int32) - floor).clamp_(min=0).to(torch.float32)
+    bits = root.view(torch.int32) & 0x7FFFFFFF
     # Tensor by tensor: torch turns a division of or by a number into a product with a rounded reciprocal.
     codes_per_bit = torch.full_like(span, FORMAT.root_intervals) / span
-    code = above.mul_(codes_per_bit).add_(threshold).floor_()
-    code = code.clamp_(max=FORMAT.root_intervals).add_(1)
-    return code.mul_(root > 0).to(torch.uint8)
+    above = (bits - floor).clamp_(min=0).to(torch.float32)
+    code = above.mul_(codes_per_bit).add_(threshold).floor_().clamp_(max=FORMAT.root_intervals).add_(1)
+    return code.mul_(bits.clamp_(max=1)).to(torch.uint8)
 
 
 def decode_root(code: Tensor, grid: Grid) -> Tensor:
-    """uint8 codes ``(n_blocks, width)`` to float32 roots; exact inverse of the grid, positive for every code but 0."""
+    """uint8 codes ``(n_blocks, width)`` to float32 roots: the points of the grid, positive for every code but 0."""
     floor, span = _grid_bits(grid)
     bits_per_code = span / torch.full_like(span, FORMAT.root_intervals)
-    above = (code.to(torch.float32) - 1).mul_(bits_per_code).to(torch.int32)
+    level = code.to(torch.float32)
+    above = (level - 1).mul_(bits_per_code).to(torch.int32)
     # A block of zeros has floor 0, whose first code would be the float 0.0; no code but 0 may decode to it.
     root = (above + floor).clamp_(min=1 << FORMAT.mantissa_bits).view(torch.float32)
-    return root.mul_(code > 0)
+    return root.mul_(level.clamp_(max=1))
 
 
 def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tensor) -> Tensor:
     """First moments, float32 ``(n_blocks, width)``, to int8 codes relative to the decoded roots.
 
-    ``nearest``: bool ``(n_blocks, 1)``, where ratios below ``ratio_always_dithered`` are rounded to nearest instead.
+    ``nearest``: bool ``(n_blocks, 1)``, where ratios up to ``ratio_always_dithered`` are rounded to nearest instead.
     An exact zero has code 0, and so has a moment that is not finite.
     """
     ratio = (exp_avg / (root + exp_avg.abs())).nan_to_num_(0.0)
     code = ratio.mul_(FORMAT.ratio_scale)
-    threshold = torch.where(nearest & (code.abs() < FORMAT.ratio_always_dithered), 0.5, threshold)
-    code = code.add_(threshold).floor_()
+    # Where a block is to round small ratios to nearest, the threshold is 0.5. The selection is spelled as arithmetic,
+    # which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.
+    dithered = (code.abs() - FORMAT.ratio_always_dithered).mul_(2.0**40).clamp_(0, 1)
+    dithered = torch.maximum(dithered, (~nearest).to(torch.float32))
+    code = (((threshold - 0.5) * dithered).add_(0.5) + code).floor_()
     return code.clamp_(-FORMAT.ratio_limit, FORMAT.ratio_limit).to(torch.int8)
 
 

@@ -115,7 +115,7 @@ def whole_tensor_step(
         step_(piece, flat_grad[low:high], full, record)
         flat_param[low:high] = piece
         dither = codec.Dither(Tile(1, high - low, low, block), record.step, record.seed, torch.device("cpu"))
-        codes = codec.encode(full["exp_avg"][None], full["exp_avg_sq"].sqrt()[None], dither)
+        codes = codec.encode(full["exp_avg"][None], reference.exact_sqrt(full["exp_avg_sq"])[None], dither)
         new[0][low:high], new[1][low:high] = codes.exp_avg[0], codes.root[0]
         new[2][block], new[3][block] = codes.grid.floor[0], codes.grid.span[0]
     assert moments is not None
@@ -137,6 +137,21 @@ def test_the_first_steps_follow_the_textbook() -> None:
         oracle.step(grad)
     bound = 50 * (20 * 2.0**-24 * 1e-3 + 2.5 * 2.0**-24 * oracle.param.abs())
     assert ((param - oracle.param).abs() <= bound).all()
+
+
+def test_square_roots_are_correctly_rounded() -> None:
+    """Every mantissa of both parities of the exponent: r is the nearest float to sqrt(x).
+
+    That is, x lies between the squares of r's two rounding boundaries, which have 25 bits and whose squares are exact
+    in double.
+    """
+    for exponent in (127, 128):
+        for start in range(0, 2**23, 2**21):
+            x = (torch.arange(start, start + 2**21, dtype=torch.int32) + (exponent << 23)).view(torch.float32)
+            r = reference.exact_sqrt(x)
+            half = torch.full_like(r, 2.0**-24, dtype=torch.float64)  # r lies in [1, 2)
+            assert ((r.double() - half).square() <= x).all()
+            assert (x <= (r.double() + half).square()).all()
 
 
 # ---------------------------------------------------------------- rounding of 16-bit parameters

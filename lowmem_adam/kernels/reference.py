@@ -69,7 +69,7 @@ def _adam(
         gradient = gradient + weight * s.weight_decay
     new_exp_avg = (exp_avg * s.beta1).add_(gradient * (1.0 - s.beta1))
     new_exp_avg_sq = (exp_avg_sq * s.beta2).add_((gradient * (1.0 - s.beta2)).mul_(gradient))
-    root = new_exp_avg_sq.sqrt()
+    root = exact_sqrt(new_exp_avg_sq)
     denominator = (root * s.root_scale).add_(s.eps)
     update = new_exp_avg / denominator
     if s.eps < SMALLEST_NORMAL:
@@ -77,6 +77,15 @@ def _adam(
         update = update.masked_fill_(denominator == 0, 0.0)
     new_weight = weight * s.shrink if s.shrink != 1.0 else weight
     return new_weight - update.mul_(s.step_size), new_exp_avg, new_exp_avg_sq, root
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of float32.
+
+    ``torch.sqrt`` is not on every machine: its CPU builds call Intel's vector library, which is off by one unit in
+    0.6% of all floats. The root in double is far more exact than any float32 root is close to a rounding boundary.
+    """
+    return x.to(torch.float64).sqrt_().to(torch.float32)
 
 
 def _blocks_to_keep(gradient: Tensor) -> Tensor | None:
@@ -100,8 +109,8 @@ def stochastic_bfloat16(weight: Tensor, words: Tensor) -> Tensor:
 
     ``words``: uniform integers in [0, 65536), int32, in the weight's shape. Infinities and NaN keep.
     """
-    bits = (weight.view(torch.int32) + words) & -65536
-    return torch.where(weight.isfinite(), bits.view(torch.float32), weight).to(torch.bfloat16)
+    rounded = ((weight.view(torch.int32) + words) & -65536).view(torch.float32)
+    return _keep_nonfinite(rounded, weight).to(torch.bfloat16)
 
 
 def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
@@ -110,7 +119,14 @@ def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
     magnitude = weight.abs()
     below = ((magnitude * 2.0**24 + words * 2.0**-16).floor_() * 2.0**-24).copysign(weight)
     rounded = torch.where(magnitude < 2.0**-14, below, bits)
-    return torch.where(weight.isfinite(), rounded, weight).to(torch.float16)
+    return _keep_nonfinite(rounded, weight).to(torch.float16)
+
+
+def _keep_nonfinite(rounded: Tensor, weight: Tensor) -> Tensor:
+    """Take infinities and NaN from ``weight``: adding to their bits would make something else of them."""
+    if weight.device.type == "cpu" and bool((weight * 0.0).sum() == 0):
+        return rounded
+    return torch.where(weight.isfinite(), rounded, weight)
 
 
 class _FlatView:

@@ -1,0 +1,124 @@
+# shellcheck shell=bash
+# Sourced by the launchers, never run: source launch/environment.sh EXTRA...
+#
+# Creates or reuses the project's virtual environment, installs the named extras at the versions of
+# launch/constraints.txt, and activates it. What is installed already is not installed again.
+#   LOWMEM_ADAM_VENV  where the environment lies (default: .venv in the repository)
+# Runs may share one environment, also at the same time: only one installs, the others wait for it.
+
+lowmem_adam_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+_lowmem_adam_say() {
+    printf '[environment] %s\n' "$*"
+}
+
+# Prints the interpreter to use. Each candidate is run: a name on the PATH may belong to a version
+# manager and lead nowhere, and Debian's python3 comes without venv until python3-venv is installed.
+_lowmem_adam_find_python() {
+    local candidate path
+    for candidate in python3.11 python3.10 python3.12 python3.13 python3; do
+        while IFS= read -r path; do
+            if "$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+                >/dev/null 2>&1; then
+                printf '%s\n' "$path"
+                return 0
+            fi
+        done < <(type -aP "$candidate")
+    done
+    printf '%s\n' 'No Python from 3.10 to 3.13 with the modules venv and ensurepip on the PATH: install one' \
+        '(Debian and Ubuntu: apt-get install python3 python3-venv).' >&2
+    return 1
+}
+
+# Also completes an environment whose making was cut off. A folder that is something else is left alone.
+_lowmem_adam_create_venv() {
+    local venv="$1" python="$2"
+    if "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
+        return 0
+    fi
+    if [[ -e "$venv" && ! -e "$venv/pyvenv.cfg" ]]; then
+        printf '%s exists and is no virtual environment: remove it, or set LOWMEM_ADAM_VENV.\n' "$venv" >&2
+        return 1
+    fi
+    _lowmem_adam_say "creating $venv with $python ($("$python" -V 2>&1))"
+    "$python" -m venv "$venv"
+}
+
+# What an install depends on; kept beside it, it tells whether the install still holds.
+_lowmem_adam_fingerprint() {
+    "$1/bin/python" - "$lowmem_adam_root" <<'PYTHON'
+import hashlib, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+digest = hashlib.sha256(f"{root}\n{sys.version}\n".encode())
+for name in ("pyproject.toml", "launch/constraints.txt", "launch/environment.sh"):
+    digest.update((root / name).read_bytes())
+print(digest.hexdigest())
+PYTHON
+}
+
+# torch and the build backend come first, by exact version: no later command can pull in another torch,
+# and the project is built against what is there, without a second copy of anything in a build environment.
+_lowmem_adam_pip_install() {
+    local venv="$1" extras="$2"
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet
+        --constraint "$lowmem_adam_root/launch/constraints.txt")
+    _lowmem_adam_say "installing torch 2.13.0" &&
+        "${pip[@]}" torch==2.13.0 scikit-build-core &&
+        _lowmem_adam_say "installing lowmem-adam[$extras]" &&
+        "${pip[@]}" torch==2.13.0 --no-build-isolation --editable "${lowmem_adam_root}[$extras]"
+}
+
+# One stamp for each extra, so that runs with different extras do not undo one another's.
+_lowmem_adam_install() {
+    local venv="$1" stamps="$1/.lowmem_adam" fingerprint extra missing=()
+    shift
+    fingerprint="$(_lowmem_adam_fingerprint "$venv")" || return 1
+    for extra in "$@"; do
+        if [[ ! -f "$stamps/$extra" || "$(<"$stamps/$extra")" != "$fingerprint" ]]; then
+            missing+=("$extra")
+        fi
+    done
+    if ((${#missing[@]} == 0)); then
+        _lowmem_adam_say "$venv is up to date"
+        return 0
+    fi
+    _lowmem_adam_pip_install "$venv" "$(IFS=,; printf '%s' "${missing[*]}")" || return 1
+    mkdir -p "$stamps" || return 1
+    for extra in "${missing[@]}"; do
+        printf '%s\n' "$fingerprint" >"$stamps/$extra" || return 1
+    done
+}
+
+_lowmem_adam_environment() {
+    local venv="${LOWMEM_ADAM_VENV:-$lowmem_adam_root/.venv}" lock python status=0
+    if (($# == 0)); then
+        printf 'usage: source launch/environment.sh EXTRA...\n' >&2
+        return 1
+    fi
+    mkdir -p "$(dirname "$venv")" || return 1
+    venv="$(cd "$(dirname "$venv")" && pwd)/$(basename "$venv")"
+    python="$(_lowmem_adam_find_python)" || return 1
+    # The lock belongs to the open file, so it outlives the interpreter that takes it and ends with this
+    # shell at the latest; flock(1) would be shorter, but not every system has it.
+    exec {lock}>"$venv.lock" || return 1
+    "$python" - "$lock" "$venv" <<'PYTHON' || return 1
+import fcntl, sys
+
+lock, venv = int(sys.argv[1]), sys.argv[2]
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(f"[environment] waiting for another run that prepares {venv}", flush=True)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+PYTHON
+    { _lowmem_adam_create_venv "$venv" "$python" && _lowmem_adam_install "$venv" "$@"; } || status=$?
+    exec {lock}>&-
+    ((status == 0)) || return "$status"
+    # shellcheck disable=SC1091
+    source "$venv/bin/activate"
+    # These sources first, even where the environment is shared with another checkout.
+    export PYTHONPATH="$lowmem_adam_root${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+_lowmem_adam_environment "$@"

@@ -1,0 +1,132 @@
+"""The objects of a language-model run: processes, text, model, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from lm_data import VOCABULARY_SIZE, Corpus, WindowSampler, load_corpus
+from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_choice, learning_rate_factor
+from optimizers import OptimizerSettings, build_optimizer
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all that the data and the log need to go on from a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+        self.tokens = state["tokens"]
+
+
+@dataclass
+class Timings:
+    """Wall-clock times of the steps of this process since it started."""
+
+    step_ms: list[float] = field(default_factory=list)
+    optimizer_step_ms: list[float] = field(default_factory=list)
+
+    def steady(self, values: Sequence[float]) -> Sequence[float]:
+        """Without the first step, which creates the state and may compile."""
+        return values[1:] or values
+
+
+@dataclass
+class Job:
+    """The objects of a run, prepared by accelerate."""
+
+    settings: TrainingSettings
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    sampler: WindowSampler
+    corpus: Corpus
+    progress: Progress
+    timings: Timings
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def start_accelerator(settings: TrainingSettings) -> Accelerator:
+    """Join the other processes, say how many there are, and refuse a number that was not expected."""
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # Otherwise one scheduler step counts for as many as there are processes.
+        step_scheduler_with_optimizer=False,
+    )
+    world_size = accelerator.num_processes
+    accelerator.print(
+        f"world size: {world_size} on {accelerator.device.type} ({torch.get_num_threads()} threads a process)"
+    )
+    if settings.expect_world_size not in (None, world_size):
+        accelerator.end_training()
+        raise ValueError(
+            f"world size is {world_size}, but --expect-world-size says {settings.expect_world_size}: the launcher did "
+            "not start the processes that were asked for. On a CPU use launch/configs/cpu_2.yaml with "
+            "ACCELERATE_USE_CPU=true in the environment"
+        )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        kind = accelerator.distributed_type.value
+        accelerator.end_training()
+        raise ValueError(f"this job runs on one process or under plain data parallelism, the launcher asked for {kind}")
+    check_choice("the launcher's mixed_precision", accelerator.mixed_precision, PRECISIONS)
+    return accelerator
+
+
+def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
+    """Data, model, optimizer and schedule, the same on every rank."""
+    corpus = load_corpus(settings.data, settings.validation_every)
+    sampler = WindowSampler(
+        corpus.train,
+        sequence_length=settings.seq_len,
+        batch_size=settings.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=settings.seed,
+    )
+    set_seed(settings.seed)
+    model = build_model(settings).to(accelerator.device)
+    optimizer = build_optimizer(
+        settings.optimizer,
+        model.parameters(),
+        OptimizerSettings(lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, seed=settings.seed),
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(settings, step))
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    return Job(settings, accelerator, model, optimizer, scheduler, sampler, corpus, progress, Timings())
+
+
+def build_model(settings: TrainingSettings) -> torch.nn.Module:
+    """A Llama with fresh weights, from transformers' own definition; nothing is downloaded."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.seq_len,
+        tie_word_embeddings=False,
+        use_cache=False,
+        # Every byte is text: none of the 256 is set aside as a mark.
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).to(PARAMETER_DTYPES[settings.param_dtype])

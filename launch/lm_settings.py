@@ -1,0 +1,94 @@
+"""Every choice of a language-model run, checked where it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimizers import check_optimizer_name
+
+PRECISIONS = ("no", "bf16")
+PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Every choice of a run. The defaults make a run of about two minutes on two CPU cores."""
+
+    output_dir: Path
+    optimizer: str = "adamw8bit"
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    seed: int = 0
+    steps: int = 250
+    warmup_steps: int = 25
+    final_lr_fraction: float = 0.1
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    clip: float = 1.0
+    # None: what the launcher configured.
+    precision: str | None = None
+    param_dtype: str = "float32"
+    data: tuple[Path, ...] = ()
+    validation_every: int = 20
+    seq_len: int = 128
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 4
+    log_every: int = 1
+    eval_every: int = 50
+    eval_windows: int = 128
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int = 0
+    resume: Path | None = None
+    expect_world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_optimizer_name(self.optimizer)
+        if self.precision is not None:
+            check_choice("precision", self.precision, PRECISIONS)
+        check_choice("param_dtype", self.param_dtype, tuple(PARAMETER_DTYPES))
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "seq_len", "layers", "heads"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("log_every", "eval_every", "eval_windows", "hidden_size", "intermediate_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "checkpoint_every", "clip", "seed"):
+            _check_at_least(name, getattr(self, name), 0)
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of twice the heads, got hidden_size={self.hidden_size}, "
+                f"heads={self.heads}"
+            )
+        if not 0.0 <= self.final_lr_fraction <= 1.0:
+            raise ValueError(f"final_lr_fraction must lie in 0..1, got {self.final_lr_fraction}")
+        if self.checkpoint_every and self.checkpoint_dir is None:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} needs a checkpoint_dir")
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings in JSON's types."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+def learning_rate_factor(settings: TrainingSettings, step: int) -> float:
+    """Linear warmup, then a cosine down to `final_lr_fraction`, in optimizer steps."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_lr_fraction + (1.0 - settings.final_lr_fraction) * cosine
+
+
+def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+
+
+def _check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
