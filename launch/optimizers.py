@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,74 +27,51 @@ class OptimizerSettings:
 Parameters = Iterable[torch.nn.Parameter]
 
 
+def _common(settings: OptimizerSettings) -> dict[str, Any]:
+    """The keywords that every one of them takes."""
+    return {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+
+
 def _adamw8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import AdamW8bit
 
-    return AdamW8bit(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
+    return AdamW8bit(parameters, **_common(settings), seed=settings.seed)
 
 
 def _adam8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import Adam8bit
 
-    return Adam8bit(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
+    return Adam8bit(parameters, **_common(settings), seed=settings.seed)
 
 
 def _adamw32bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import AdamW8bit
 
-    return AdamW8bit(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        moments="32bit",
-    )
+    return AdamW8bit(parameters, **_common(settings), seed=settings.seed, moments="32bit")
 
 
 def _torch(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     # The fused step is torch's fastest on every device it exists for; comparing with a slower one would flatter us.
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    return torch.optim.AdamW(parameters, **_common(settings), fused=True)
 
 
 def _bitsandbytes(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     _require("bitsandbytes")
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    return AdamW8bit(parameters, **_common(settings))
 
 
 def _torchao(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     _require("torchao")
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    return AdamW8bit(parameters, **_common(settings))
 
 
 FACTORIES: dict[str, Callable[[Parameters, OptimizerSettings], torch.optim.Optimizer]] = {

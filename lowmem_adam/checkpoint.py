@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.state import expected_tensors
+from lowmem_adam.state import check_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class _Sealed:
     tensor: Tensor
 
 
-def check(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+def check(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Check saved state against the optimizer that is to load it, before anything changes.
 
     Args:
@@ -31,12 +31,10 @@ def check(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) ->
         groups: the optimizer's own param groups.
 
     Raises:
-        ValueError: state of another optimizer or format version; another number of groups or parameters; a
-            parameter of another shape; missing, surplus or wrong tensors; settings that are not accepted.
+        ValueError: not a state_dict; state of another optimizer or format version; another number of groups or
+            parameters; a parameter of another shape; missing, surplus or wrong tensors; settings not accepted.
     """
-    for key in ("state", "param_groups"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
-            raise ValueError(f"state_dict has no {key!r}; accepted: a dictionary made by state_dict()")
+    _check_form(state_dict)
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
@@ -51,7 +49,24 @@ def check(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) ->
         if key not in owners:
             raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
         param, moments, label = owners[key]
-        _check_state(state, param, moments, label)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
+        check_state(state, param.shape, moments, label)
+        _check_values(state, label)
+
+
+def _check_form(state_dict: Any) -> None:
+    """A dictionary with a dictionary ``state`` and a list of dictionaries ``param_groups``."""
+    accepted = "accepted: a dictionary made by state_dict()"
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict is a {type(state_dict).__name__}; {accepted}")
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            found = f"{key!r} of type {type(state_dict[key]).__name__}" if key in state_dict else f"no {key!r}"
+            raise ValueError(f"state_dict has {found}; {accepted}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise ValueError(f"state_dict: param group {index} is no dictionary with a list 'params'; {accepted}")
 
 
 def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
@@ -65,33 +80,29 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
     for name, meaning in (("decoupled_weight_decay", "the class of optimizer"), ("moments", "the constructor's")):
         if saved.get(name) != group[name]:
             raise ValueError(f"{where}: {name} is {saved.get(name)!r}; accepted: {group[name]!r}, {meaning}")
-    settings.check_group({**group, **saved}, where)
+    if missing := [name for name in settings.REQUIRED if name not in saved]:
+        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; accepted: every setting of this version")
+    settings.check_group({**saved, "backend": group["backend"]}, where)
 
 
-def _check_state(state: Mapping[str, Any], param: Tensor, moments: str, label: str) -> None:
-    expected = expected_tensors(param.shape, moments)
-    if set(state) != set(expected):
-        raise ValueError(
-            f"{label} of shape {tuple(param.shape)} has state {sorted(state)}; accepted: {sorted(expected)}"
-        )
-    for key, (shape, dtype) in expected.items():
-        value = state[key]
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{label}: {key} is a {type(value).__name__}; accepted: a tensor")
-        if tuple(value.shape) != shape or value.dtype != dtype:
-            raise ValueError(
-                f"{label}: {key} has shape {tuple(value.shape)} and dtype {value.dtype}; accepted: {shape} and {dtype}"
-            )
+def _check_values(state: Mapping[str, Tensor], label: str) -> None:
+    """What no step writes would decode to nonsense."""
     if int(state["step"]) < 0:
         raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0")
-    if "block_span" in expected and state["block_span"].numel():
+    if "block_span" in state and state["block_span"].numel():
         span = int(state["block_span"].max())
         if span > FORMAT.max_octaves:
             raise ValueError(f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves")
+        ceiling = int((state["block_floor"].to(torch.int32) + state["block_span"]).max())
+        if ceiling > 255:
+            raise ValueError(f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to 255")
 
 
 def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A copy of the state with sealed tensors, and with the machine's own choice of backend kept."""
+    """A copy of the state with sealed tensors.
+
+    The machine's own choice of backend stays as the optimizer has it.
+    """
     state = {
         param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
     }

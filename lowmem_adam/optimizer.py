@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from lowmem_adam import checkpoint, kernels, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.kernels.fragment import Fragment, StepScalars
 from lowmem_adam.layout import Layout
-from lowmem_adam.state import keeps_codes, memory_by_kind, moments_of, new_state
+from lowmem_adam.state import check_state, memory_by_kind, moments_of, new_state
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +55,7 @@ class Adam8bit(torch.optim.Optimizer):
             than their rounding step add up on average, ``"nearest"`` loses them.
         nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
             parameter and moments and is counted in ``stats()``; ``"error"``: an error before anything changes;
-            ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit moments are reset).
+            ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, or ``"reference"``.
 
@@ -101,7 +101,7 @@ class Adam8bit(torch.optim.Optimizer):
         }
         settings.check_group(defaults, type(self).__name__)
         self._reset_counters()
-        super().__init__(params, defaults)
+        super().__init__(params, settings.normalised(defaults))
 
     # ---------------------------------------------------------------- param groups
 
@@ -112,23 +112,25 @@ class Adam8bit(torch.optim.Optimizer):
             ValueError: a setting or parameter that is not accepted, or a parameter that the optimizer already has;
                 no group is added.
         """
-        group = dict(param_group)
-        params = group["params"]
-        if not isinstance(params, torch.Tensor | set):
-            group["params"] = params = list(params)
+        if not isinstance(param_group, Mapping) or "params" not in param_group:
+            raise TypeError(f"param group is {type(param_group).__name__}; accepted: a dict with the key 'params'")
+        params = param_group["params"]
+        if not isinstance(params, Tensor | set):  # torch refuses sets: their order changes from run to run
+            params = list(params)
         where = f"param group {len(self.param_groups)}"
-        settings.check_group({**self.defaults, **group}, where)
+        group = {**self.defaults, **param_group, "params": params}
+        settings.check_group(group, where)
         for name in ("decoupled_weight_decay", "format_version"):
-            if group.get(name, self.defaults[name]) != self.defaults[name]:
+            if group[name] != self.defaults[name]:
                 raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
-        if not isinstance(params, set):  # torch refuses sets: their order changes from run to run
+        if not isinstance(params, set):
             self._check_params([params] if isinstance(params, Tensor) else params, where)
-        super().add_param_group(group)
+        super().add_param_group(settings.normalised(group))
 
     def _check_params(self, params: list[Any], where: str) -> None:
         seen = {id(p): f"param group {g}" for g, group in enumerate(self.param_groups) for p in group["params"]}
         for index, entry in enumerate(params):
-            name, param = entry if isinstance(entry, tuple) else (None, entry)
+            name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
             label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
             if not isinstance(param, Tensor):
                 raise TypeError(f"{label} is a {type(param).__name__}; accepted: tensors, or (name, tensor) pairs")
@@ -139,6 +141,10 @@ class Adam8bit(torch.optim.Optimizer):
                 raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
             if param.layout != torch.strided:
                 raise ValueError(f"{label} has layout {param.layout}; accepted: torch.strided")
+            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(
+                    f"{label} has strides {param.stride()}, so that elements share memory; accepted: an element each"
+                )
             if type(param.detach()) is not Tensor:
                 raise ValueError(
                     f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors "
@@ -167,7 +173,7 @@ class Adam8bit(torch.optim.Optimizer):
                 loss = closure()
         work = self._checked_work()
         for item in work:
-            if not self.state[item.param]:
+            if not self.state.get(item.param):
                 self.state[item.param] = new_state(item.param, item.group["moments"])
         for item in work:
             self._update(item)
@@ -182,14 +188,13 @@ class Adam8bit(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 _check_gradient(param, param.grad, label)
-                if self.state[param] and keeps_codes(param.shape, group["moments"]) != (
-                    "exp_avg_code" in self.state[param]
-                ):
-                    held = "8bit" if "exp_avg_code" in self.state[param] else "32bit"
-                    raise ValueError(f"{label}: moments is {group['moments']!r}; accepted: {held!r}, as its state")
+                # Not self.state[param], which would leave an empty entry behind.
+                if state := self.state.get(param):
+                    check_state(state, param.shape, group["moments"], label)
+                    _check_devices(state, param, label)
                 work.append(_Work(param, param.grad, group, label))
         for item in work:
-            if item.group["nonfinite"] == "error" and not bool(item.grad.isfinite().all()):
+            if item.group["nonfinite"] == "error" and not _is_finite(item.grad):
                 count = int((~item.grad.isfinite()).sum())
                 raise ValueError(
                     f"{item.label}: {count} of {item.grad.numel()} gradient elements are not finite; accepted with "
@@ -203,9 +208,9 @@ class Adam8bit(torch.optim.Optimizer):
         scalars = StepScalars.at_step(
             int(state["step"]),
             lr=float(group["lr"]),
-            betas=(float(group["betas"][0]), float(group["betas"][1])),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             maximize=group["maximize"],
             low_precision_update=group["low_precision_update"],
@@ -257,7 +262,7 @@ class Adam8bit(torch.optim.Optimizer):
                 f"non-finite gradients: {int(on_cpu)} blocks of at most {FORMAT.block_size} elements kept their "
                 'parameters and moments; stats()["skipped_blocks"] counts on, nonfinite="error" stops instead',
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=5,  # this method, step, and torch's two wrappers around it
             )
 
     # ---------------------------------------------------------------- saving, loading, copying
@@ -280,6 +285,8 @@ class Adam8bit(torch.optim.Optimizer):
             checkpoint.unseal(self.state, held)
 
         # As hooks, so that the user's own hooks see plain tensors on both sides.
+        if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it
+            checkpoint.check(state_dict, self.param_groups)
         before = self.register_load_state_dict_pre_hook(check_and_seal)
         after = self.register_load_state_dict_post_hook(unseal, prepend=True)
         try:
@@ -295,6 +302,8 @@ class Adam8bit(torch.optim.Optimizer):
         if "_skipped" not in self.__dict__:
             self._reset_counters()
         super().__setstate__(state)
+        # torch adds this to every optimizer it restores; it is no setting of ours.
+        self.defaults.pop("differentiable", None)
 
 
 class AdamW8bit(Adam8bit):
@@ -327,6 +336,8 @@ def _labelled_params(group: dict[str, Any], group_index: int) -> Iterator[tuple[
 
 
 def _check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
+    if param.dtype not in PARAM_DTYPES:
+        raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
     if grad.layout != torch.strided:
         raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
     accepted = tuple(dict.fromkeys((param.dtype, torch.float32)))
@@ -336,3 +347,15 @@ def _check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
         raise ValueError(f"{label}: its gradient has shape {tuple(grad.shape)}; accepted: {tuple(param.shape)}")
     if grad.device != param.device:
         raise ValueError(f"{label}: its gradient is on {grad.device}; accepted: {param.device}")
+
+
+def _check_devices(state: Mapping[str, Tensor], param: Tensor, label: str) -> None:
+    for key, tensor in state.items():
+        accepted = torch.device("cpu") if key == "step" else param.device
+        if tensor.device != accepted:
+            raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
+
+
+def _is_finite(grad: Tensor) -> bool:
+    """Whether all elements are, without a temporary of the gradient's size."""
+    return grad.numel() == 0 or bool(torch.linalg.vector_norm(grad, float("inf")).isfinite())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ LATER: dict[str, tuple[object, ...]] = {
     "backend": ("cpu", "triton", "bitsandbytes"),
 }
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
+
+REQUIRED = ("lr", "betas", "eps", "weight_decay", "maximize", "moments", "low_precision_update", "nonfinite", "seed")
+"""Settings that saved state must carry; ``backend`` is the machine's own."""
+
+ACCEPTED = f"accepted settings: {', '.join(REQUIRED)}, backend"
 
 INSTEAD: dict[str, str] = {
     "amsgrad": "there is no AMSGrad variant; drop it",
@@ -52,23 +58,40 @@ INSTEAD: dict[str, str] = {
 NOT_YET = ("shard_group", "offload")
 """Keywords whose only accepted value in this version is None."""
 
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "amsgrad": (False,),
+    "foreach": (None, False),
+    "fused": (None, False),
+    "capturable": (False,),
+    "differentiable": (False,),
+}
+"""Values of torch's own keywords that ask for nothing: taken and forgotten, so that scripts need no change."""
+
 
 def refuse_keywords(keywords: Mapping[str, object]) -> None:
     """Refuse constructor keywords that are not ours.
 
     Raises:
-        TypeError: any keyword but ``shard_group=None`` and ``offload=None``; says what to use instead.
+        TypeError: a keyword that is not a setting of this optimizer; says what to use instead.
+        ValueError: a keyword of a later version with another value than None.
     """
     for name, value in keywords.items():
         if name in NOT_YET:
-            if value is None:
-                continue
-            raise ValueError(f"{name} is {value!r}, which this version does not have yet; accepted: None")
-        hint = INSTEAD.get(name)
-        accepted = "lr, betas, eps, weight_decay, maximize, moments, low_precision_update, nonfinite, seed, backend"
-        raise TypeError(
-            f"{name}={value!r}: not a setting of this optimizer; " + (hint or f"accepted settings: {accepted}")
-        )
+            if value is not None:
+                raise ValueError(f"{name} is {value!r}, which this version does not have yet; accepted: None")
+        elif not _is_neutral(name, value):
+            raise TypeError(f"{name}={value!r} is not a setting of this optimizer; {INSTEAD.get(name, ACCEPTED)}")
+
+
+def normalised(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked settings as plain Python numbers, so that they survive a load with ``weights_only=True``."""
+    plain = dict(group)
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(plain[name], torch.Tensor):
+            plain[name] = float(plain[name])
+    plain["betas"] = (float(plain["betas"][0]), float(plain["betas"][1]))
+    plain["seed"] = int(plain["seed"])
+    return {name: value for name, value in plain.items() if not _is_neutral(name, value)}
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -89,10 +112,10 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     for name, accepted in CHOICES.items():
         _check_choice(name, group[name], accepted, where)
     seed = group["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise ValueError(f"{where}: seed is {seed!r}; accepted: integers from 0 below 2**63")
     for name in group:
-        if name in INSTEAD and name != "decoupled_weight_decay":
+        if name in INSTEAD and name != "decoupled_weight_decay" and not _is_neutral(name, group[name]):
             raise TypeError(f"{where}: {name}={group[name]!r} is not a setting of this optimizer; {INSTEAD[name]}")
 
 
@@ -115,12 +138,18 @@ def _is_number(value: object) -> bool:
 
 def _check_number(group: Mapping[str, Any], name: str, where: str, *, allow_tensor: bool = False) -> None:
     value = group[name]
-    is_number = _is_number(value)
     if allow_tensor and isinstance(value, torch.Tensor):
-        is_number = value.numel() == 1 and not value.is_complex()
-    if not is_number or not math.isfinite(float(value)) or float(value) < 0:
+        good = value.numel() == 1 and not value.is_complex() and 0 <= float(value.detach()) < math.inf
+    else:
+        # Compared as it is: an integer may be too large for float().
+        good = _is_number(value) and 0 <= value <= sys.float_info.max
+    if not good:
         kinds = "finite numbers from 0" + (", or a tensor of one element" if allow_tensor else "")
         raise ValueError(f"{where}: {name} is {value!r}; accepted: {kinds}")
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    return any(value is neutral for neutral in NEUTRAL.get(name, ()))
 
 
 def _check_betas(betas: object, where: str) -> None:

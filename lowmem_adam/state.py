@@ -47,6 +47,29 @@ def new_state(param: Tensor, moments: str) -> dict[str, Tensor]:
     }
 
 
+def check_state(state: Mapping[str, Any], shape: Sequence[int], moments: str, label: str) -> None:
+    """Check that a parameter's state has the tensors that its shape and its group's ``moments`` call for.
+
+    Raises:
+        ValueError: names ``label``, what is there and what is accepted.
+    """
+    expected = expected_tensors(shape, moments)
+    if set(state) != set(expected):
+        raise ValueError(
+            f"{label} of shape {tuple(shape)}, where moments is {moments!r}, has state {sorted(state)}; "
+            f"accepted: {sorted(expected)}"
+        )
+    for key, (wanted_shape, dtype) in expected.items():
+        value = state[key]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{label}: {key} is a {type(value).__name__}; accepted: a tensor")
+        if tuple(value.shape) != wanted_shape or value.dtype != dtype:
+            raise ValueError(
+                f"{label}: {key} has shape {tuple(value.shape)} and dtype {value.dtype}; "
+                f"accepted: {wanted_shape} and {dtype}"
+            )
+
+
 def moments_of(state: Mapping[str, Any]) -> CodedMoments | FullMoments:
     """The moments in a parameter's state, as a kernel takes them."""
     if "exp_avg_code" in state:

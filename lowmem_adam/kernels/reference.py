@@ -115,9 +115,10 @@ def stochastic_bfloat16(weight: Tensor, words: Tensor) -> Tensor:
 
 def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
     """As ``stochastic_bfloat16`` for float16, with its fixed step of 2^-24 below 2^-14 and its overflow to infinity."""
+    # 13 of the 16 bits: as many as are cut off, and few enough that the sums below are exact.
     bits = ((weight.view(torch.int32) + (words >> 3)) & -8192).view(torch.float32)
     magnitude = weight.abs()
-    below = ((magnitude * 2.0**24 + words * 2.0**-16).floor_() * 2.0**-24).copysign(weight)
+    below = ((magnitude * 2.0**24 + (words >> 3) * 2.0**-13).floor_() * 2.0**-24).copysign(weight)
     rounded = torch.where(magnitude < 2.0**-14, below, bits)
     return _keep_nonfinite(rounded, weight).to(torch.float16)
 

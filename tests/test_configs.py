@@ -1,0 +1,111 @@
+"""The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate", reason="the configurations are accelerate's")
+
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils import DistributedType
+
+CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
+
+# name: (distributed type, on the CPU, machines, processes of all machines)
+EXPECTED = {
+    "cpu_2": (DistributedType.MULTI_GPU, True, 1, 2),
+    "gpu_1": (DistributedType.NO, False, 1, 1),
+    "gpu_multi": (DistributedType.MULTI_GPU, False, 1, 8),
+    "multi_node": (DistributedType.MULTI_GPU, False, 2, 16),
+}
+
+# One unbuffered write a rank: the lines of two ranks do not mix.
+SCRIPT = """
+import os, torch
+from accelerate import Accelerator
+
+accelerator = Accelerator()
+ranks = accelerator.gather(torch.tensor([accelerator.process_index])).tolist()
+world, backend = accelerator.num_processes, torch.distributed.get_backend()
+os.write(1, f"rank {accelerator.process_index} world {world} {backend} gathered {ranks}\\n".encode())
+accelerator.end_training()
+"""
+
+
+def launch_command(config: str, script: Path, *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    return [*launcher, *options, str(script)]
+
+
+def cpu_environment() -> dict[str, str]:
+    # accelerate reads its settings from variables too: none of the surrounding run's may decide here.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "world_size.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def test_every_config_is_described() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_reads_the_config(name: str) -> None:
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert isinstance(config, ClusterConfig)
+    assert (config.distributed_type, config.use_cpu, config.num_machines, config.num_processes) == EXPECTED[name]
+    assert config.num_processes % config.num_machines == 0
+
+
+def test_cpu_2_starts_two_processes_that_know_of_one_another(script: Path) -> None:
+    finished = subprocess.run(
+        launch_command("cpu_2", script), env=cpu_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(re.findall(r"^rank .*$", finished.stdout, flags=re.MULTILINE)) == [
+        "rank 0 world 2 gloo gathered [0, 1]",
+        "rank 1 world 2 gloo gathered [0, 1]",
+    ]
+
+
+def test_multi_node_joins_two_launchers(script: Path) -> None:
+    """Two launchers on this machine stand for the two machines, with one CPU process each."""
+    options = ["--num_processes", "2", "--mixed_precision", "no"]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    machines = [
+        subprocess.Popen(
+            launch_command("multi_node", script, *options, *address, "--machine_rank", str(rank)),
+            env=cpu_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [machine.communicate(timeout=200) for machine in machines]
+    finally:
+        # torchrun ends its workers when it is asked to end; after a normal end there is nothing to do.
+        for machine in machines:
+            machine.terminate()
+            machine.wait(timeout=30)
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    for rank, (stdout, _) in enumerate(outputs):
+        assert f"rank {rank} world 2 gloo gathered [0, 1]" in stdout

@@ -1,0 +1,59 @@
+"""launch/environment.sh, as far as it can be tested without installing anything: what it refuses and says."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = Path(__file__).resolve().parents[1] / "launch" / "environment.sh"
+
+
+def source_environment(*extras: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash")
+    assert bash is not None
+    command = [bash, "-c", 'set -euo pipefail; source "$0" "$@"; echo ready', str(ENVIRONMENT), *extras]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A PATH with the few programs the script needs, and no Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("dirname", "basename", "mkdir"):
+        found = shutil.which(name)
+        assert found is not None
+        (folder / name).symlink_to(found)
+    return folder
+
+
+def test_says_so_when_no_python_fits(tools: Path, tmp_path: Path) -> None:
+    too_old = tools / "python3"
+    too_old.write_text("#!/bin/sh\nexit 1\n")
+    dead_shim = tools / "python3.11"
+    dead_shim.write_text("#!/bin/sh\necho 'python3.11: command not found' >&2\nexit 127\n")
+    for program in (too_old, dead_shim):
+        program.chmod(0o755)
+    finished = source_environment("test", PATH=str(tools), LOWMEM_ADAM_VENV=str(tmp_path / "venv"))
+    assert finished.returncode != 0
+    assert "No Python from 3.10 to 3.13" in finished.stderr
+    assert "ready" not in finished.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def test_leaves_a_folder_alone_that_is_no_environment(tmp_path: Path) -> None:
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("keep me")
+    finished = source_environment("test", PATH=os.environ["PATH"], LOWMEM_ADAM_VENV=str(folder))
+    assert finished.returncode != 0
+    assert "is no virtual environment" in finished.stderr
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_asks_for_an_extra() -> None:
+    finished = source_environment(PATH=os.environ["PATH"])
+    assert finished.returncode != 0
+    assert "usage: source launch/environment.sh" in finished.stderr

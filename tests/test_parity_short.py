@@ -1,0 +1,71 @@
+"""The parity benchmark in short: same criterion, same control, digits only, two epochs a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.peer_formats import Linear
+
+for package in ("sklearn", "cv2", "typer", "rich"):
+    pytest.importorskip(package, reason="the parity benchmark needs it")
+
+# Only now: these modules import the packages above.
+from benchmarks.bench_parity import BASELINE, CONTROL, OPTIMIZERS, OURS, judge  # noqa: E402
+from benchmarks.parity_tasks import Task, images, train  # noqa: E402
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Task:
+    return images("digits", epochs=2)
+
+
+def finals(task: Task, optimizer: str) -> list[float]:
+    return [train(task, seed, OPTIMIZERS[optimizer]).final for seed in SEEDS]
+
+
+@pytest.mark.slow
+def test_eight_bit_moments_end_where_float32_does_and_the_control_does_not(digits: Task) -> None:
+    baseline = finals(digits, BASELINE)
+    assert max(baseline) < 1.0, "float32 AdamW did not learn: the comparison would say nothing"
+    ours = judge(baseline, finals(digits, OURS))
+    assert ours["parity"], ours
+    control = judge(baseline, finals(digits, CONTROL))
+    assert not control["parity"], control
+
+
+def test_pairs_differ_in_nothing_but_the_optimizer(digits: Task) -> None:
+    """A seed repeats itself to the bit, and another seed is another run."""
+    first = train(digits, 0, OPTIMIZERS[BASELINE]).final
+    assert train(digits, 0, OPTIMIZERS[BASELINE]).final == first
+    assert train(digits, 1, OPTIMIZERS[BASELINE]).final != first
+
+
+@pytest.mark.parametrize(
+    ("other", "parity"),
+    [
+        ([1.0, 1.2, 1.4], True),
+        ([1.1, 1.3, 1.5], True),
+        ([0.9, 1.1, 1.3], True),
+        ([1.3, 1.5, 1.7], False),
+        ([0.7, 0.9, 1.1], False),
+        ([1.0, 1.2, math.inf], False),
+    ],
+)
+def test_judge_compares_the_mean_difference_with_the_spread_between_seeds(other: list[float], parity: bool) -> None:
+    verdict = judge([1.0, 1.2, 1.4], other)
+    assert verdict["seed_spread"] == pytest.approx(0.2)
+    assert verdict["parity"] is parity
+
+
+def test_the_control_loses_second_moments_that_the_format_must_keep() -> None:
+    """What makes the control fail: an element with a gradient a thirtieth of its neighbour's decodes to v = 0."""
+    m, v = torch.ones(256), torch.ones(256)
+    m[0], v[0] = 1 / 30, 1 / 900
+    m_coded, v_coded = Linear().decode(Linear().encode(m, v, 1))
+    assert m_coded[0] > 0
+    assert v_coded[0] == 0
