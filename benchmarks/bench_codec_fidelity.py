@@ -213,11 +213,12 @@ def verdicts(data: dict[str, Any]) -> list[dict[str, Any]]:
     for decades, limit in DISPLACEMENT_TARGETS.items():
         got = data["displacement"][OURS][decades]
         checks.append((f"displacement error, {decades} decades", got, f"<= {limit}", got <= limit))
-    for row in (r for r in data["ratio"] if r["name"] == OURS):
+    # Targets are set at one beta2; the rows of the others are there to be read.
+    for row in (r for r in data["ratio"] if r["name"] == OURS and r["beta2"] == RATIO_SPREAD_BETA2):
         case = f"beta2 {row['beta2']}, {row['decades']} decades"
         low, high = RATIO_MEDIAN_TARGET
         checks.append((f"median s ratio, {case}", row["median"], f"{low}..{high}", low <= row["median"] <= high))
-        if row["beta2"] == RATIO_SPREAD_BETA2 and row["decades"] <= RATIO_SPREAD_DECADES:
+        if row["decades"] <= RATIO_SPREAD_DECADES:
             low, high = RATIO_SPREAD_TARGET
             checks.append((f"5th percentile, {case}", row["p5"], f">= {low}", row["p5"] >= low))
             checks.append((f"95th percentile, {case}", row["p95"], f"<= {high}", row["p95"] <= high))

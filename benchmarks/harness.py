@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import sysconfig
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,19 +132,11 @@ def write_results(name: str, data: Mapping[str, Any], markdown: str, folder: Pat
     return path
 
 
-def standard_library_bytes(limit: int | None = None) -> torch.Tensor:
-    """The Python standard library's own sources as one uint8 tensor: real text that needs no download."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    chunks: list[bytes] = []
-    size = 0
-    for path in sorted(root.rglob("*.py")):
-        if "site-packages" in path.parts or "test" in path.parts:
-            continue
-        chunks.append(path.read_bytes())
-        size += len(chunks[-1])
-        if limit is not None and size >= limit:
-            break
-    return torch.frombuffer(bytearray(b"".join(chunks)[:limit]), dtype=torch.uint8)
+def standard_library_text(limit: int) -> torch.Tensor:
+    """The first bytes of the training text of launch/train_lm.py, uint8: real text that needs no download."""
+    from launch.lm_data import load_corpus
+
+    return torch.tensor(load_corpus(()).train[:limit])
 
 
 def byte_batches(text: torch.Tensor, batch: int, length: int, steps: int, seed: int) -> Iterable[torch.Tensor]:
@@ -197,7 +188,8 @@ def captured_run(steps: int = 300, seed: int = 0, lr: float = 1e-3, refresh: boo
     model = build_byte_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     loss = 0.0
-    for tokens in byte_batches(standard_library_bytes(4 << 20), 8, 128, steps, seed):
+    text = standard_library_text(4 << 20)
+    for tokens in byte_batches(text, 8, 128, steps, seed):
         optimizer.zero_grad()
         objective = model(input_ids=tokens, labels=tokens).loss
         objective.backward()

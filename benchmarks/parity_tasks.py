@@ -124,7 +124,7 @@ def word_language_model(quick: bool) -> Task:
     """Words of the standard library's sources, one of 8,192; most rows of the embedding get a gradient rarely."""
     vocabulary, batch, steps = 8192, 128, 60 if quick else 300
     words = re.findall(
-        r"\w+|[^\w\s]", harness.standard_library_bytes(6 << 20).numpy().tobytes().decode("utf-8", "replace")
+        r"\w+|[^\w\s]", harness.standard_library_text(6 << 20).numpy().tobytes().decode("utf-8", "replace")
     )
     known = {word: i for i, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
     ids = torch.tensor([known.get(word, vocabulary - 1) for word in words])
