@@ -17,6 +17,9 @@ from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.state import check_state
 
+MAX_STEP = 2**53
+"""Steps are counted exactly in double, in which the bias corrections are computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Sealed:
@@ -45,9 +48,13 @@ def check(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         for key, param, name in zip(saved["params"], group["params"], names, strict=True):
             label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
             owners[key] = (param, group["moments"], label)
+    if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
+        raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
     for key, state in state_dict["state"].items():
         if key not in owners:
             raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
+        if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
+            continue
         param, moments, label = owners[key]
         if not isinstance(state, Mapping):
             raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
@@ -87,15 +94,17 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
 
 def _check_values(state: Mapping[str, Tensor], label: str) -> None:
     """What no step writes would decode to nonsense."""
-    if int(state["step"]) < 0:
-        raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0")
+    if not 0 <= int(state["step"]) < MAX_STEP:
+        raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}")
     if "block_span" in state and state["block_span"].numel():
         span = int(state["block_span"].max())
         if span > FORMAT.max_octaves:
             raise ValueError(f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves")
         ceiling = int((state["block_floor"].to(torch.int32) + state["block_span"]).max())
-        if ceiling > 255:
-            raise ValueError(f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to 255")
+        if ceiling > FORMAT.max_exponent:
+            raise ValueError(
+                f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to {FORMAT.max_exponent}"
+            )
 
 
 def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

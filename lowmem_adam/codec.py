@@ -57,6 +57,11 @@ class BlockFormat:
     ratio_limit: int = 127
     ratio_always_dithered: int = 96
     """Ratios beyond this code are dithered at every step, the others at every second."""
+    max_exponent: int = 191
+    """Biased exponent of the highest ceiling, 2^64: roots are square roots of float32 numbers."""
+    hash_fold: int = 0x9E3779B9
+    hash_multipliers: tuple[int, int] = (0x7FEB352D, 0x846CA68B)
+    hash_shifts: tuple[int, int, int] = (16, 15, 16)
     moment_step: int = 0xC13F91E1
     """Weyl increment a step: its upper and lower halves are the two coordinates of the R2 sequence."""
     moment_lane: int = 0x6A09BB67
@@ -89,23 +94,21 @@ class Codes(NamedTuple):
 
 
 def mix32(word: int) -> int:
-    """A bijective 32-bit hash of an integer (its upper bits are folded in first)."""
-    word = (word ^ (word >> 32) * 0x9E3779B9) & _MASK32
-    word ^= word >> 16
-    word = (word * 0x7FEB352D) & _MASK32
-    word ^= word >> 15
-    word = (word * 0x846CA68B) & _MASK32
-    return word ^ (word >> 16)
+    """The hash of a non-negative integer to 32 bits: its upper bits folded in, then shifts and odd multipliers."""
+    (first, second, third), (by, then_by) = FORMAT.hash_shifts, FORMAT.hash_multipliers
+    word = (word ^ (word >> 32) * FORMAT.hash_fold) & _MASK32
+    word = ((word ^ word >> first) * by) & _MASK32
+    word = ((word ^ word >> second) * then_by) & _MASK32
+    return word ^ word >> third
 
 
 def _mix32_tensor(word: Tensor) -> Tensor:
     """``mix32`` of non-negative int64 values; products wrap, which leaves their low 32 bits right."""
-    word = (word ^ (word >> 32) * 0x9E3779B9) & _MASK32
-    word = word ^ (word >> 16)
-    word = (word * 0x7FEB352D) & _MASK32
-    word = word ^ (word >> 15)
-    word = (word * 0x846CA68B) & _MASK32
-    return word ^ (word >> 16)
+    (first, second, third), (by, then_by) = FORMAT.hash_shifts, FORMAT.hash_multipliers
+    word = (word ^ (word >> 32) * FORMAT.hash_fold) & _MASK32
+    word = ((word ^ (word >> first)) * by) & _MASK32
+    word = ((word ^ (word >> second)) * then_by) & _MASK32
+    return word ^ (word >> third)
 
 
 def _as_int32(word: Tensor) -> Tensor:
@@ -115,6 +118,10 @@ def _as_int32(word: Tensor) -> Tensor:
 
 class Dither:
     """Rounding thresholds of a tile of blocks at one step: a pure function of (seed, step, block ordinal, lane).
+
+    Modulo 2^32, ``key = mix32(block ^ mix32(seed))`` and ``w = key + lane * moment_lane + step * moment_step``; for
+    16-bit parameters ``w' = mix32(key ^ update_key) + lane * update_lane + step * update_step``. The threshold of a
+    root is ``(w >> 8) * 2^-24``, that of a ratio ``((w & 0xFFFF) + 0.5) * 2^-16``, and a parameter gets ``w' >> 16``.
 
     Args:
         tile: the blocks (their ordinals count from the start of the parameter).
@@ -127,7 +134,7 @@ class Dither:
         self.width = tile.width
         self.step = step
         self.block = torch.arange(tile.first_block, tile.first_block + tile.n_blocks, dtype=torch.int64, device=device)
-        self.key = _mix32_tensor((self.block & _MASK32) ^ (self.block >> 32) * 0x9E3779B9 ^ mix32(seed))
+        self.key = _mix32_tensor(self.block ^ mix32(seed))
 
     def _words(self, key: Tensor, lane: int, step: int) -> Tensor:
         """``key + lane index * lane + self.step * step`` modulo 2**32, int32 ``(n_blocks, width)``."""
@@ -157,7 +164,7 @@ def block_grid(root: Tensor) -> Grid:
 
     The floor is the power of two at or below the smallest positive root, the ceiling the one above the largest,
     unless they lie more than ``max_octaves`` apart. Infinite and NaN roots do not count: one of them must not ruin
-    the 127 others. A block without a positive finite root gets floor 0 and span 0.
+    the 127 others. A block without a positive finite root gets floor 0 and span 0 (and is coded as if span were 1).
     """
     # As integers, without the sign that a NaN may have. Comparisons and selections of single elements cost torch
     # ten times what arithmetic does, so they are kept to whole blocks and to the rare case.
@@ -184,7 +191,12 @@ def _grid_bits(grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
-    """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero, else 1 .. 255; not finite takes the ceiling."""
+    """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero, else 1 .. 255; not finite takes the ceiling.
+
+    With ``fl`` for one rounding to float32 (nearest, ties to even), ``bits`` the root's bits without their sign, and
+    a span of at least one octave:
+    ``code = 1 + min(254, floor(fl(fl(fl(max(bits - (floor << 23), 0)) * fl(254 / fl(span << 23))) + threshold)))``.
+    """
     floor, span = _grid_bits(grid)
     bits = root.view(torch.int32) & 0x7FFFFFFF
     # Tensor by tensor: torch turns a division of or by a number into a product with a rounded reciprocal.
@@ -195,7 +207,10 @@ def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
 
 
 def decode_root(code: Tensor, grid: Grid) -> Tensor:
-    """uint8 codes ``(n_blocks, width)`` to float32 roots: the points of the grid, positive for every code but 0."""
+    """uint8 codes ``(n_blocks, width)`` to float32 roots: the points of the grid, positive for every code but 0.
+
+    ``bits = max((floor << 23) + trunc(fl((code - 1) * fl(fl(span << 23) / 254))), 1 << 23)``; code 0 is 0.0.
+    """
     floor, span = _grid_bits(grid)
     bits_per_code = span / torch.full_like(span, FORMAT.root_intervals)
     level = code.to(torch.float32)
@@ -210,6 +225,10 @@ def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tens
 
     ``nearest``: bool ``(n_blocks, 1)``, where ratios up to ``ratio_always_dithered`` are rounded to nearest instead.
     An exact zero has code 0, and so has a moment that is not finite.
+
+    ``y = fl(fl(m / fl(root + |m|)) * 143)``; the threshold becomes 0.5 where ``nearest`` and ``|y| <= 96``;
+    ``code = clamp(floor(fl(y + threshold)), -127, 127)``. Where g^2 underflows, root is 0 beside m: the code is then
+    -127, 0 or 127, and all of them decode to 0.
     """
     ratio = (exp_avg / (root + exp_avg.abs())).nan_to_num_(0.0)
     code = ratio.mul_(FORMAT.ratio_scale)
@@ -222,7 +241,7 @@ def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tens
 
 
 def decode_ratio(code: Tensor, root: Tensor) -> Tensor:
-    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 first moments."""
+    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments: ``fl(fl(q / (143 - |q|)) * root)``."""
     code = code.to(torch.float32)
     return (code / (FORMAT.ratio_scale - code.abs())).mul_(root)
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import checkpoint, kernels, settings
+from lowmem_adam import checkpoint, inputs, kernels, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.kernels.fragment import Fragment, StepScalars
 from lowmem_adam.layout import Layout
 from lowmem_adam.state import check_state, memory_by_kind, moments_of, new_state
 
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Keywords(TypedDict, total=False):
+    """The keyword-only arguments of ``Adam8bit``."""
+
+    maximize: bool
+    moments: str
+    low_precision_update: str
+    nonfinite: str
+    seed: int
+    backend: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,7 @@ class _Work:
     param: Tensor
     grad: Tensor
     group: dict[str, Any]
-    label: str
+    scalars: StepScalars
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -54,10 +66,11 @@ class Adam8bit(torch.optim.Optimizer):
         low_precision_update: how bfloat16 and float16 parameters are rounded: ``"stochastic"`` lets updates smaller
             than their rounding step add up on average, ``"nearest"`` loses them.
         nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
-            parameter and moments and is counted in ``stats()``; ``"error"``: an error before anything changes;
-            ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit first moment is reset to zero).
+            parameter and moments and is counted in ``stats()``, while the step number counts on; ``"error"``: an
+            error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
+            first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
-        backend: ``None`` for the best there is, or ``"reference"``.
+        backend: ``None`` for the best there is, or ``"reference"``. It is the machine's: a load does not change it.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.
@@ -132,24 +145,10 @@ class Adam8bit(torch.optim.Optimizer):
         for index, entry in enumerate(params):
             name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
             label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
-            if not isinstance(param, Tensor):
-                raise TypeError(f"{label} is a {type(param).__name__}; accepted: tensors, or (name, tensor) pairs")
+            inputs.check_param(param, label)
             if id(param) in seen:
                 raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
             seen[id(param)] = label
-            if param.dtype not in PARAM_DTYPES:
-                raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
-            if param.layout != torch.strided:
-                raise ValueError(f"{label} has layout {param.layout}; accepted: torch.strided")
-            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
-                raise ValueError(
-                    f"{label} has strides {param.stride()}, so that elements share memory; accepted: an element each"
-                )
-            if type(param.detach()) is not Tensor:
-                raise ValueError(
-                    f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors "
-                    "(sharded and quantized tensor classes are not supported in this version)"
-                )
 
     # ---------------------------------------------------------------- step
 
@@ -181,54 +180,58 @@ class Adam8bit(torch.optim.Optimizer):
         return loss
 
     def _checked_work(self) -> list[_Work]:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
+                "accepted: steps outside of captures"
+            )
         work: list[_Work] = []
         for group_index, group in enumerate(self.param_groups):
             settings.check_group(group, f"param group {group_index}")
+            lr = float(group["lr"])
             for param, label in _labelled_params(group, group_index):
                 if param.grad is None:
                     continue
-                _check_gradient(param, param.grad, label)
+                inputs.check_param(param, label)
+                inputs.check_gradient(param, param.grad, label)
                 # Not self.state[param], which would leave an empty entry behind.
-                if state := self.state.get(param):
+                state = self.state.get(param)
+                if state:
                     check_state(state, param.shape, group["moments"], label)
-                    _check_devices(state, param, label)
-                work.append(_Work(param, param.grad, group, label))
-        for item in work:
-            if item.group["nonfinite"] == "error" and not _is_finite(item.grad):
-                count = int((~item.grad.isfinite()).sum())
-                raise ValueError(
-                    f"{item.label}: {count} of {item.grad.numel()} gradient elements are not finite; accepted with "
-                    'nonfinite="error": finite gradients'
-                )
+                    inputs.check_devices(state, param, label)
+                if group["nonfinite"] == "error" and not inputs.is_finite(param.grad):
+                    count = int((~param.grad.isfinite()).sum())
+                    raise ValueError(
+                        f"{label}: {count} of {param.grad.numel()} gradient elements are not finite; accepted with "
+                        'nonfinite="error": finite gradients'
+                    )
+                step = int(state["step"]) + 1 if state else 1
+                work.append(_Work(param, param.grad, group, _scalars(group, lr, step, label)))
         return work
 
+    # What compilers make of the kernel may round differently; this is what torch.optim uses itself, and unlike
+    # torch.compiler.disable it does not import the compiler.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, item: _Work) -> None:
-        param, group, state = item.param, item.group, self.state[item.param]
-        state["step"] += 1
-        scalars = StepScalars.at_step(
-            int(state["step"]),
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            low_precision_update=group["low_precision_update"],
-            nonfinite=group["nonfinite"],
-            seed=group["seed"],
-        )
+        param, state = item.param, self.state[item.param]
         layout = Layout.of(param.shape)
         fragment = Fragment(param.detach(), item.grad.detach(), moments_of(state), layout, 0, layout.n_blocks)
-        skipped = kernels.choose(group["backend"])(fragment, scalars)
-        if group["nonfinite"] == "skip":
+        skipped = kernels.choose(item.group["backend"])(fragment, item.scalars)
+        state["step"].fill_(item.scalars.step)
+        if item.scalars.skip_nonfinite:
             device = skipped.device
             self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
 
     # ---------------------------------------------------------------- what happened, and what is held
 
     def stats(self) -> dict[str, int]:
-        """Counts since construction: ``skipped_blocks``, blocks left out of a step for a non-finite gradient."""
+        """Counts since construction: ``skipped_blocks``, blocks left out of a step for a non-finite gradient.
+
+        The first skip is warned of by ``step`` on the CPU; on an accelerator by this method, since reading the count
+        waits for the device.
+        """
         count = sum(int(skipped) for skipped in self._skipped.values())
+        self._warn_of(count, stacklevel=3)
         return {"skipped_blocks": count}
 
     def memory_report(self) -> dict[str, Any]:
@@ -254,15 +257,18 @@ class Adam8bit(torch.optim.Optimizer):
         self._warned = False
 
     def _warn_of_skipped(self) -> None:
-        # On an accelerator reading the count would wait for it; stats() tells there.
         on_cpu = self._skipped.get(torch.device("cpu"))
-        if not self._warned and on_cpu is not None and int(on_cpu):
+        if on_cpu is not None:
+            self._warn_of(int(on_cpu), stacklevel=6)  # _warn_of, this method, step, and torch's two wrappers around it
+
+    def _warn_of(self, count: int, stacklevel: int) -> None:
+        if count and not self._warned:
             self._warned = True
             warnings.warn(
-                f"non-finite gradients: {int(on_cpu)} blocks of at most {FORMAT.block_size} elements kept their "
+                f"non-finite gradients: {count} blocks of at most {FORMAT.block_size} elements kept their "
                 'parameters and moments; stats()["skipped_blocks"] counts on, nonfinite="error" stops instead',
                 RuntimeWarning,
-                stacklevel=5,  # this method, step, and torch's two wrappers around it
+                stacklevel=stacklevel,
             )
 
     # ---------------------------------------------------------------- saving, loading, copying
@@ -309,7 +315,8 @@ class Adam8bit(torch.optim.Optimizer):
 class AdamW8bit(Adam8bit):
     """``Adam8bit`` with decoupled weight decay: a drop-in for ``torch.optim.AdamW``.
 
-    Arguments are those of ``Adam8bit``; every step first scales the parameter by ``1 - lr * weight_decay``.
+    Arguments are those of ``Adam8bit``, keyword-only ones included; every step first scales the parameter by
+    ``1 - lr * weight_decay``.
 
     Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
@@ -323,7 +330,7 @@ class AdamW8bit(Adam8bit):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **keywords: Any,
+        **keywords: Unpack[_Keywords],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **keywords)
 
@@ -335,27 +342,27 @@ def _labelled_params(group: dict[str, Any], group_index: int) -> Iterator[tuple[
         yield param, f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
 
 
-def _check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
-    if param.dtype not in PARAM_DTYPES:
-        raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
-    if grad.layout != torch.strided:
-        raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
-    accepted = tuple(dict.fromkeys((param.dtype, torch.float32)))
-    if grad.dtype not in accepted:
-        raise ValueError(f"{label}: its gradient has dtype {grad.dtype}; accepted: {', '.join(map(str, accepted))}")
-    if grad.shape != param.shape:
-        raise ValueError(f"{label}: its gradient has shape {tuple(grad.shape)}; accepted: {tuple(param.shape)}")
-    if grad.device != param.device:
-        raise ValueError(f"{label}: its gradient is on {grad.device}; accepted: {param.device}")
+def _scalars(group: dict[str, Any], lr: float, step: int, label: str) -> StepScalars:
+    """The record of a parameter's next step.
 
-
-def _check_devices(state: Mapping[str, Tensor], param: Tensor, label: str) -> None:
-    for key, tensor in state.items():
-        accepted = torch.device("cpu") if key == "step" else param.device
-        if tensor.device != accepted:
-            raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
-
-
-def _is_finite(grad: Tensor) -> bool:
-    """Whether all elements are, without a temporary of the gradient's size."""
-    return grad.numel() == 0 or bool(torch.linalg.vector_norm(grad, float("inf")).isfinite())
+    Raises:
+        ValueError: learning rate and decay are so large that their products leave float32.
+    """
+    scalars = StepScalars.at_step(
+        step,
+        lr=lr,
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        low_precision_update=group["low_precision_update"],
+        nonfinite=group["nonfinite"],
+        seed=group["seed"],
+    )
+    if max(scalars.step_size, abs(scalars.shrink)) > settings.FLOAT32_MAX:
+        raise ValueError(
+            f"{label}: lr is {lr!r} with weight_decay {group['weight_decay']!r}, a step of {scalars.step_size:g}; "
+            f"accepted: steps and factors up to {settings.FLOAT32_MAX:g}"
+        )
+    return scalars

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import torch
 
 from lowmem_adam.codec import FORMAT
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "moments": ("8bit", "32bit"),
@@ -91,7 +91,7 @@ def normalised(group: Mapping[str, Any]) -> dict[str, Any]:
             plain[name] = float(plain[name])
     plain["betas"] = (float(plain["betas"][0]), float(plain["betas"][1]))
     plain["seed"] = int(plain["seed"])
-    return {name: value for name, value in plain.items() if not _is_neutral(name, value)}
+    return {name: value for name, value in plain.items() if name not in NOT_YET and not _is_neutral(name, value)}
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -114,6 +114,11 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise ValueError(f"{where}: seed is {seed!r}; accepted: integers from 0 below 2**63")
+    for name in NOT_YET:
+        if group.get(name) is not None:
+            raise ValueError(
+                f"{where}: {name} is {group[name]!r}, which this version does not have yet; accepted: None"
+            )
     for name in group:
         if name in INSTEAD and name != "decoupled_weight_decay" and not _is_neutral(name, group[name]):
             raise TypeError(f"{where}: {name}={group[name]!r} is not a setting of this optimizer; {INSTEAD[name]}")
@@ -125,7 +130,7 @@ def check_version(version: object, where: str) -> None:
     Raises:
         ValueError: another version than this code reads.
     """
-    if version != FORMAT.version:
+    if type(version) is not int or version != FORMAT.version:
         raise ValueError(
             f"{where}: format version {version!r}; accepted: {FORMAT.version} "
             "(state of a newer version needs a newer lowmem_adam)"
@@ -139,12 +144,12 @@ def _is_number(value: object) -> bool:
 def _check_number(group: Mapping[str, Any], name: str, where: str, *, allow_tensor: bool = False) -> None:
     value = group[name]
     if allow_tensor and isinstance(value, torch.Tensor):
-        good = value.numel() == 1 and not value.is_complex() and 0 <= float(value.detach()) < math.inf
+        real = not value.is_complex() and value.dtype != torch.bool
+        good = real and value.numel() == 1 and 0 <= float(value.detach()) <= FLOAT32_MAX
     else:
-        # Compared as it is: an integer may be too large for float().
-        good = _is_number(value) and 0 <= value <= sys.float_info.max
+        good = _is_number(value) and 0 <= value <= FLOAT32_MAX
     if not good:
-        kinds = "finite numbers from 0" + (", or a tensor of one element" if allow_tensor else "")
+        kinds = f"finite numbers from 0 to {FLOAT32_MAX:g}" + (", or a tensor of one element" if allow_tensor else "")
         raise ValueError(f"{where}: {name} is {value!r}; accepted: {kinds}")
 
 

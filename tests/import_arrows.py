@@ -13,6 +13,7 @@ RANKS = {
     "codec": 1,
     "kernels": 2,
     "settings": 2,
+    "inputs": 2,
     "state": 3,
     "shard": 3,
     "offload": 3,

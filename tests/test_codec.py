@@ -20,8 +20,9 @@ ALL_RATIO_CODES = torch.arange(-FORMAT.ratio_limit, FORMAT.ratio_limit + 1, dtyp
 
 
 def all_grids() -> Grid:
-    """Every floor and span that ``block_grid`` can write: floor + span reaches at most the exponent of the maximum."""
-    pairs = [(f, s) for f in range(1, 255) for s in range(1, FORMAT.max_octaves + 1) if f + s <= 255]
+    """Every floor and span that a step can write."""
+    top = FORMAT.max_exponent
+    pairs = [(f, s) for f in range(1, top) for s in range(1, FORMAT.max_octaves + 1) if f + s <= top]
     floor, span = zip(*pairs, strict=True)
     return Grid(torch.tensor(floor, dtype=torch.uint8), torch.tensor(span, dtype=torch.uint8))
 
@@ -55,9 +56,7 @@ def test_root_codes_are_monotone_and_hit_floor_and_ceiling_exactly() -> None:
     assert (root[:, 1:] > 0).all()
     assert (root.diff(dim=1) > 0).all()
     assert torch.equal(root[:, 1], torch.exp2(grid.floor.double() - 127))
-    below_infinity = grid.floor.int() + grid.span.int() < 255
-    ceiling = torch.exp2(grid.floor.double() + grid.span.double() - 127)
-    assert torch.equal(root[below_infinity, 255], ceiling[below_infinity])
+    assert torch.equal(root[:, 255], torch.exp2(grid.floor.double() + grid.span.double() - 127))
 
 
 def test_a_root_is_off_by_less_than_one_interval() -> None:
@@ -86,14 +85,14 @@ def test_ratio_codes_are_the_rational_numbers_they_are_documented_as() -> None:
 def test_all_pairs_of_codes_survive_a_round_trip() -> None:
     root_codes = ALL_ROOT_CODES[1:].repeat_interleave(255)[None]
     ratio_codes = ALL_RATIO_CODES.repeat(255)[None]
-    for floor, span in ((1, 1), (100, 24), (127, 3), (200, 24), (254, 1)):
+    for floor, span in ((1, 1), (52, 24), (100, 24), (127, 3), (167, 24), (190, 1)):
         grid = Grid(torch.tensor([floor], dtype=torch.uint8), torch.tensor([span], dtype=torch.uint8))
         root = codec.decode_root(root_codes, grid)
         exp_avg = codec.decode_ratio(ratio_codes, root)
-        # Below 2^-120 the products m = r * root are denormal and lose digits: those floors are left out.
-        if floor > 7 and floor + span < 250:
+        assert exp_avg.isfinite().all()
+        # Near 2^-126 the products m = r * root are denormal and lose digits.
+        if floor > 1:
             assert torch.equal(codec.encode_ratio(exp_avg, root, MIDDLE, NEAREST), ratio_codes)
-        assert exp_avg.isfinite().all() or floor + span >= 250
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99), (0.0, 0.99)])
@@ -151,7 +150,7 @@ def test_what_lies_too_far_below_takes_the_floor() -> None:
     assert decoded[0, 1:].tolist() == [2.0**-23] * 3
 
 
-@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-22, 1e-10, 1.0, 1e10, 1.8e19, 3e38])
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-22, 1e-10, 1.0, 1e10, 1.8e19])
 def test_nothing_is_non_finite_at_any_magnitude(magnitude: float) -> None:
     root = torch.full((2, 128), magnitude)
     exp_avg = root * torch.linspace(-1, 1, 128)

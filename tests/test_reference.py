@@ -80,7 +80,7 @@ def test_fp32_moments_take_the_written_order_to_the_bit(changes: dict[str, Any])
 def test_8bit_is_decode_then_adam_then_encode(shape: tuple[int, ...]) -> None:
     """The coded step, tile by tile, equals coding all blocks of the tensor around an fp32 step, to the bit."""
     layout = Layout.of(shape)
-    param, state = torch.randn(shape), None
+    param = torch.randn(shape)
     state = new_state(param, "8bit")
     for t in range(1, 4):
         grad = torch.randn(shape)
@@ -97,7 +97,6 @@ def whole_tensor_step(
     param: Tensor, grad: Tensor, state: dict[str, Tensor], layout: Layout, record: StepScalars
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Row by row and block by block in Python; no tiles, no padding."""
-    moments = moments_of(state)
     flat_param, flat_grad = param.view(-1), grad.reshape(-1)
     new = [state[k].flatten().clone() for k in ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")]
     for block in range(layout.n_blocks):
@@ -118,7 +117,6 @@ def whole_tensor_step(
         codes = codec.encode(full["exp_avg"][None], reference.exact_sqrt(full["exp_avg_sq"])[None], dither)
         new[0][low:high], new[1][low:high] = codes.exp_avg[0], codes.root[0]
         new[2][block], new[3][block] = codes.grid.floor[0], codes.grid.span[0]
-    assert moments is not None
     return param, (new[0].view(param.shape), new[1].view(param.shape), new[2], new[3])
 
 

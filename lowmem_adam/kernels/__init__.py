@@ -1,4 +1,4 @@
-"""Backends of the step: which there are, and which serves a device.
+"""Backends of the step, by name.
 
 A backend is a function ``adam_step_(fragment, scalars) -> skipped blocks``; all give the same bits as
 ``reference.adam_step_``.

@@ -49,7 +49,7 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
         stored = _round_weight(new_weight, fragment.param.dtype, dither, scalars.stochastic)
         if keep is not None:
             skipped += keep.sum()
-            # A low-precision weight is widened and rounded back exactly, so this restores it to the bit.
+            # A low-precision weight is widened and rounded back exactly, so this restores it (a NaN stays some NaN).
             stored = torch.where(keep, weight.to(stored.dtype), stored)
         param.write(low, high, _from_blocks(stored, tile))
         if isinstance(fragment.moments, CodedMoments):
@@ -115,7 +115,7 @@ def stochastic_bfloat16(weight: Tensor, words: Tensor) -> Tensor:
 
 def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
     """As ``stochastic_bfloat16`` for float16, with its fixed step of 2^-24 below 2^-14 and its overflow to infinity."""
-    # 13 of the 16 bits: as many as are cut off, and few enough that the sums below are exact.
+    # 13 of the 16 bits: as many as are cut off, and few enough that a weight float16 can hold stays what it is.
     bits = ((weight.view(torch.int32) + (words >> 3)) & -8192).view(torch.float32)
     magnitude = weight.abs()
     below = ((magnitude * 2.0**24 + (words >> 3) * 2.0**-13).floor_() * 2.0**-24).copysign(weight)

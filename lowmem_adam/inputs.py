@@ -1,0 +1,78 @@
+"""Checks of the tensors that a user hands over: parameters and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_param(param: Any, label: str) -> None:
+    """Check that a parameter is one that can be stepped.
+
+    Raises:
+        TypeError: no tensor at all.
+        ValueError: another dtype or layout, shared memory, a tensor subclass, a part of an FSDP1 flat parameter.
+    """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{label} is a {type(param).__name__}; accepted: tensors, or (name, tensor) pairs")
+    if param.dtype not in PARAM_DTYPES:
+        raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
+    if param.layout != torch.strided:
+        raise ValueError(f"{label} has layout {param.layout}; accepted: torch.strided")
+    if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(
+            f"{label} has strides {param.stride()}, so that elements share memory; accepted: an element each"
+        )
+    if type(param.detach()) is not Tensor:
+        raise ValueError(
+            f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors "
+            "(sharded and quantized tensor classes are not supported in this version)"
+        )
+    # FSDP1 marks its flat parameters, and the views into them that use_orig_params=True hands out. Their shapes are
+    # those of one rank's shard, which must not decide what is coded.
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(f"{label} is (part of) an FSDP1 flat parameter; accepted: plain parameters, replicated by DDP")
+
+
+def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
+    """Check that a gradient fits its parameter.
+
+    Raises:
+        ValueError: sparse; a tensor subclass; another dtype than the parameter's or float32; another shape or
+            device; on the meta device, which holds no values.
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
+    if type(grad.detach()) is not Tensor:
+        raise ValueError(f"{label}: its gradient is a {type(grad.detach()).__name__}; accepted: plain tensors")
+    accepted = tuple(dict.fromkeys((param.dtype, torch.float32)))
+    if grad.dtype not in accepted:
+        raise ValueError(f"{label}: its gradient has dtype {grad.dtype}; accepted: {', '.join(map(str, accepted))}")
+    if grad.shape != param.shape:
+        raise ValueError(f"{label}: its gradient has shape {tuple(grad.shape)}; accepted: {tuple(param.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"{label}: its gradient is on {grad.device}; accepted: {param.device}")
+    if param.is_meta:
+        raise ValueError(f"{label} is on the meta device; accepted: a device that holds values")
+
+
+def check_devices(state: Mapping[str, Tensor], param: Tensor, label: str) -> None:
+    """Check that state lies on its parameter's device, and ``step`` on the CPU.
+
+    Raises:
+        ValueError: a tensor elsewhere.
+    """
+    for key, tensor in state.items():
+        accepted = torch.device("cpu") if key == "step" else param.device
+        if tensor.device != accepted:
+            raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
+
+
+def is_finite(grad: Tensor) -> bool:
+    """Whether all elements are, without a temporary of the gradient's size."""
+    return grad.numel() == 0 or bool(torch.linalg.vector_norm(grad, float("inf")).isfinite())
