@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from lowmem_adam.layout import is_coded
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -157,14 +160,14 @@ class Captured:
     grad: dict[str, torch.Tensor]
 
     def coded_names(self) -> list[str]:
-        """Tensors an 8-bit optimizer codes: at least two dimensions and 4096 elements."""
-        return [name for name, m in self.exp_avg.items() if m.dim() >= 2 and m.numel() >= 4096]
+        """Tensors whose moments lowmem_adam codes; the peers are compared on the same ones."""
+        return [name for name, m in self.exp_avg.items() if is_coded(m.shape)]
 
 
-def build_byte_llama(hidden: int = 160, layers: int = 4, length: int = 128) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def byte_llama_config(hidden: int = 160, layers: int = 4, length: int = 128) -> Any:
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
         intermediate_size=int(hidden * 2.7) // 8 * 8,
@@ -176,20 +179,39 @@ def build_byte_llama(hidden: int = 160, layers: int = 4, length: int = 128) -> t
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+
+
+def build_byte_llama(hidden: int = 160, layers: int = 4, length: int = 128) -> torch.nn.Module:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(byte_llama_config(hidden, layers, length))
+
+
+def capture_digest(text: torch.Tensor, **settings: str | float) -> str:
+    """Of all that decides what a captured run is: its text, its settings and the torch that computes it."""
+    described = json.dumps({"torch": torch.__version__, **settings}, sort_keys=True).encode()
+    return hashlib.sha256(hashlib.sha256(text.numpy()).digest() + described).hexdigest()[:16]
 
 
 def captured_run(steps: int = 300, seed: int = 0, lr: float = 1e-3, refresh: bool = False) -> Captured:
-    """Train a byte-level Llama (about 1.3 million parameters) with torch's AdamW and keep its moments (cached)."""
-    path = CACHE / f"moments_{steps}_{seed}.pt"
+    """Train a byte-level Llama (about 1.3 million parameters) with torch's AdamW and keep its moments.
+
+    Cached: a run with the same text, model, settings and torch is read from the file of the first one.
+    """
+    batch, length = 8, 128
+    config = byte_llama_config(length=length)
+    text = standard_library_text(4 << 20)
+    digest = capture_digest(
+        text, steps=steps, seed=seed, lr=lr, batch=batch, length=length, config=config.to_json_string(use_diff=False)
+    )
+    path = CACHE / f"moments_{steps}_{seed}_{digest}.pt"
     if path.exists() and not refresh:
         return Captured(**torch.load(path, weights_only=True))
     torch.manual_seed(seed)
-    model = build_byte_llama()
+    model = build_byte_llama(length=length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     loss = 0.0
-    text = standard_library_text(4 << 20)
-    for tokens in byte_batches(text, 8, 128, steps, seed):
+    for tokens in byte_batches(text, batch, length, steps, seed):
         optimizer.zero_grad()
         objective = model(input_ids=tokens, labels=tokens).loss
         objective.backward()

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowmem_adam.layout import is_coded
+
 Coded = dict[str, Tensor]
 
 
@@ -201,7 +203,7 @@ class FormatAdamW(torch.optim.Optimizer):
 
     def _step_one(self, p: Tensor, settings: dict[str, Any]) -> None:
         state = self.state[p]
-        coder: MomentFormat = self.coder if p.dim() >= 2 and p.numel() >= 4096 else self.exact
+        coder: MomentFormat = self.coder if is_coded(p.shape) else self.exact
         state.setdefault("step", 0)
         state["step"] += 1
         if "coded" in state:

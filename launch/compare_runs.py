@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lm_settings import IMMATERIAL
 from plots import draw_comparison
 from reporting import METRICS_FILE, SUMMARY_FILE, read_metrics, summary_rows
 from rich.console import Console
@@ -19,19 +20,6 @@ TABLE_FILE = "comparison.md"
 PICTURE_FILE = "comparison.png"
 # What runs are compared on; every other setting should be the same in all of them.
 COMPARED = frozenset({"optimizer"})
-# Settings that do not change what is computed.
-IMMATERIAL = frozenset(
-    {
-        "output_dir",
-        "log_every",
-        "eval_every",
-        "checkpoint_dir",
-        "checkpoint_every",
-        "resume",
-        "data",
-        "expect_world_size",
-    }
-)
 
 READING_NOTE = (
     "Losses are in nats a byte; the training loss is the mean over the last tenth of the logged steps. "

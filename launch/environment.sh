@@ -8,6 +8,9 @@
 
 lowmem_adam_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# The versions of pyproject.toml; a condition in Python, where sys is imported.
+lowmem_adam_python_fits='(3, 10) <= sys.version_info < (3, 14)'
+
 _lowmem_adam_say() {
     printf '[environment] %s\n' "$*"
 }
@@ -18,7 +21,7 @@ _lowmem_adam_find_python() {
     local candidate path
     for candidate in python3.11 python3.10 python3.12 python3.13 python3; do
         while IFS= read -r path; do
-            if "$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+            if "$path" -c "import sys, venv, ensurepip; sys.exit(not $lowmem_adam_python_fits)" \
                 >/dev/null 2>&1; then
                 printf '%s\n' "$path"
                 return 0
@@ -34,6 +37,11 @@ _lowmem_adam_find_python() {
 _lowmem_adam_create_venv() {
     local venv="$1" python="$2"
     if "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
+        if ! "$venv/bin/python" -c "import sys; sys.exit(not $lowmem_adam_python_fits)"; then
+            printf '%s has %s, the project needs Python 3.10 to 3.13: remove it, or set LOWMEM_ADAM_VENV.\n' \
+                "$venv" "$("$venv/bin/python" -V 2>&1)" >&2
+            return 1
+        fi
         return 0
     fi
     if [[ -e "$venv" && ! -e "$venv/pyvenv.cfg" ]]; then

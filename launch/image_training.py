@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from image_data import ImageSet, Normalizer, Split
 from image_model import SmallCNN, augment
-from optimizers import OptimizerSettings, build_optimizer, check_optimizer_name
+from optimizers import OptimizerSettings, build_optimizer, check_optimizer_name, check_seed
 from reporting import optimizer_state_bytes
+from schedules import warmup_cosine
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
@@ -61,6 +62,7 @@ class TrainSettings:
             raise ValueError(f"plateau factor {self.plateau_factor} is not accepted: give a number between 0 and 1")
         if self.plateau_patience < 0:
             raise ValueError(f"plateau patience {self.plateau_patience} is not accepted: give 0 or more epochs")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,8 @@ def make_scheduler(
         return None
     if settings.schedule == "plateau":
         return ReduceLROnPlateau(optimizer, factor=settings.plateau_factor, patience=settings.plateau_patience)
-    warmup = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-    return LambdaLR(optimizer, factor)
+    warmup_steps = max(1, steps // 20)
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, steps=steps, warmup_steps=warmup_steps))
 
 
 class Trainer:

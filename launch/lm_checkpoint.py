@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from lm_job import Job
+from lm_settings import IMMATERIAL
+from reporting import write_json
 
 # Written last, so a folder without it is a checkpoint that was interrupted.
 CHECKPOINT_MARKER = "training.json"
-# Settings that a resumed run may change; any other difference would not continue the same run.
-FREE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "log_every",
-        "eval_every",
-        "checkpoint_dir",
-        "checkpoint_every",
-        "resume",
-        # Compared by what they lead to: the text itself, the world size, the precision in use.
-        "data",
-        "expect_world_size",
-        "precision",
-    }
-)
+CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(job: Job, checkpoint_dir: Path) -> None:
@@ -36,8 +25,7 @@ def save_checkpoint(job: Job, checkpoint_dir: Path) -> None:
     job.accelerator.save_state(str(folder))
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process:
-        marker = {"step": job.progress.step, "run": run_identity(job)}
-        (folder / CHECKPOINT_MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CHECKPOINT_MARKER, {"step": job.progress.step, "run": run_identity(job)})
 
 
 def load_checkpoint(job: Job, path: Path) -> None:
@@ -64,17 +52,22 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the latest complete one in a folder of checkpoints."""
     if (path / CHECKPOINT_MARKER).is_file():
         return path
-    complete = sorted(marker.parent for marker in path.glob(f"step-*/{CHECKPOINT_MARKER}"))
+    complete = [
+        (int(name[1]), marker.parent)
+        for marker in path.glob(f"step-*/{CHECKPOINT_MARKER}")
+        if (name := CHECKPOINT_NAME.fullmatch(marker.parent.name))
+    ]
     if not complete:
         raise ValueError(
             f"--resume {path}: neither a complete checkpoint nor a folder with one (step-*/{CHECKPOINT_MARKER})"
         )
-    return complete[-1]
+    # By number: past a million steps the names no longer sort as text.
+    return max(complete)[1]
 
 
 def run_identity(job: Job) -> dict[str, Any]:
     """What must agree for a checkpoint to continue a run: settings, world size and the text itself."""
-    identity = {name: value for name, value in job.settings.as_json().items() if name not in FREE_ON_RESUME}
+    identity = {name: value for name, value in job.settings.as_json().items() if name not in IMMATERIAL}
     identity["precision"] = job.accelerator.mixed_precision
     identity["world_size"] = job.accelerator.num_processes
     identity["text"] = job.corpus.digest()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from lm_data import VOCABULARY_SIZE, Corpus, WindowSampler, load_corpus
-from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_choice, learning_rate_factor
+from lm_data import VOCABULARY_SIZE, Corpus, WindowSampler, load_corpus, validation_starts
+from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_choice
 from optimizers import OptimizerSettings, build_optimizer
+from schedules import warmup_cosine
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Job:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     sampler: WindowSampler
     corpus: Corpus
+    validation_starts: Sequence[int]
     progress: Progress
     timings: Timings
 
@@ -61,19 +64,24 @@ class Job:
 
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Join the other processes, say how many there are, and refuse a number that was not expected."""
+    """Join the other processes and say how many there are."""
     accelerator = Accelerator(
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Otherwise one scheduler step counts for as many as there are processes.
         step_scheduler_with_optimizer=False,
     )
-    world_size = accelerator.num_processes
     accelerator.print(
-        f"world size: {world_size} on {accelerator.device.type} ({torch.get_num_threads()} threads a process)"
+        f"world size: {accelerator.num_processes} on {accelerator.device.type} "
+        f"({torch.get_num_threads()} threads a process)"
     )
+    return accelerator
+
+
+def check_launch(settings: TrainingSettings, accelerator: Accelerator) -> None:
+    """Refuse a world size that was not expected, and what this job is not made for."""
+    world_size = accelerator.num_processes
     if settings.expect_world_size not in (None, world_size):
-        accelerator.end_training()
         raise ValueError(
             f"world size is {world_size}, but --expect-world-size says {settings.expect_world_size}: the launcher did "
             "not start the processes that were asked for. On a CPU use launch/configs/cpu_2.yaml with "
@@ -81,15 +89,14 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         kind = accelerator.distributed_type.value
-        accelerator.end_training()
         raise ValueError(f"this job runs on one process or under plain data parallelism, the launcher asked for {kind}")
     check_choice("the launcher's mixed_precision", accelerator.mixed_precision, PRECISIONS)
-    return accelerator
 
 
 def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
     """Data, model, optimizer and schedule, the same on every rank."""
     corpus = load_corpus(settings.data, settings.validation_every)
+    starts = validation_starts(corpus.validation, settings.seq_len, settings.eval_windows)
     sampler = WindowSampler(
         corpus.train,
         sequence_length=settings.seq_len,
@@ -105,11 +112,17 @@ def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
         model.parameters(),
         OptimizerSettings(lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, seed=settings.seed),
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(settings, step))
+    schedule = partial(
+        warmup_cosine,
+        steps=settings.steps,
+        warmup_steps=settings.warmup_steps,
+        final_fraction=settings.final_lr_fraction,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    return Job(settings, accelerator, model, optimizer, scheduler, sampler, corpus, progress, Timings())
+    return Job(settings, accelerator, model, optimizer, scheduler, sampler, corpus, starts, progress, Timings())
 
 
 def build_model(settings: TrainingSettings) -> torch.nn.Module:

@@ -9,10 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import check_optimizer_name
+from optimizers import check_optimizer_name, check_seed
 
 PRECISIONS = ("no", "bf16")
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Settings in which two runs may differ and still be the same run: a resumed run may change them, and a comparison of
+# runs passes over them.
+IMMATERIAL = frozenset(
+    {
+        "output_dir",
+        "log_every",
+        "eval_every",
+        "checkpoint_dir",
+        "checkpoint_every",
+        "resume",
+        # Compared by what they lead to: the text itself, the world size, the precision in use.
+        "data",
+        "expect_world_size",
+        "precision",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +74,14 @@ class TrainingSettings:
             _check_at_least(name, getattr(self, name), 1)
         for name in ("log_every", "eval_every", "eval_windows", "hidden_size", "intermediate_size"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "checkpoint_every", "clip", "seed"):
+        for name in ("warmup_steps", "checkpoint_every", "clip", "weight_decay"):
             _check_at_least(name, getattr(self, name), 0)
+        # torch's own optimizers take a learning rate, betas and a decay that are not finite.
+        if not (math.isfinite(self.lr) and self.lr > 0.0):
+            raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0..1, 1 excluded, got {self.betas}")
+        check_seed(self.seed)
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size must be a multiple of twice the heads, got hidden_size={self.hidden_size}, "
@@ -75,20 +97,11 @@ class TrainingSettings:
         return json.loads(json.dumps(asdict(self), default=str))
 
 
-def learning_rate_factor(settings: TrainingSettings, step: int) -> float:
-    """Linear warmup, then a cosine down to `final_lr_fraction`, in optimizer steps."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return settings.final_lr_fraction + (1.0 - settings.final_lr_fraction) * cosine
-
-
 def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")

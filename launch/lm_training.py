@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -15,26 +16,48 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 from lm_checkpoint import load_checkpoint, save_checkpoint
-from lm_data import cut_windows, validation_starts
-from lm_job import Job, build_job, start_accelerator
+from lm_data import cut_windows
+from lm_job import Job, build_job, check_launch, start_accelerator
 from lm_settings import TrainingSettings
 from torch.nn import functional
 from tqdm import tqdm
 
 
+class DivergedError(ArithmeticError):
+    """A loss is no finite number; raised on every rank, since all of them see the same loss."""
+
+
 def run_training(settings: TrainingSettings) -> dict[str, Any]:
-    """Train, log, evaluate, report; returns the summary that summary.json holds."""
+    """The whole run; returns the summary that summary.json holds."""
+    return run_job(prepare_job(settings))
+
+
+def prepare_job(settings: TrainingSettings) -> Job:
+    """All that can be refused is refused here, before the first step: launch, data, optimizer, checkpoint."""
     accelerator = start_accelerator(settings)
-    job = build_job(settings, accelerator)
-    if settings.resume is not None:
-        load_checkpoint(job, settings.resume)
-    with reporting.MetricsLog(settings.output_dir, accelerator.is_main_process, job.progress.step) as log:
-        train(job, log)
-    summary = summarise(job)
-    if accelerator.is_main_process:
-        reporting.write_report(settings.output_dir, summary)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    try:
+        check_launch(settings, accelerator)
+        job = build_job(settings, accelerator)
+        if settings.resume is not None:
+            load_checkpoint(job, settings.resume)
+    except BaseException:
+        accelerator.end_training()
+        raise
+    return job
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train, log, evaluate, report. The process group ends with the run, however that ends."""
+    settings, accelerator = job.settings, job.accelerator
+    try:
+        with reporting.MetricsLog(settings.output_dir, accelerator.is_main_process, job.progress.step) as log:
+            train(job, log)
+        summary = summarise(job)
+        if accelerator.is_main_process:
+            reporting.write_report(settings.output_dir, summary)
+        accelerator.wait_for_everyone()
+    finally:
+        accelerator.end_training()
     return summary
 
 
@@ -118,10 +141,9 @@ def language_model_loss(model: torch.nn.Module, inputs: torch.Tensor, targets: t
 
 
 def train_record(job: Job, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> dict[str, Any]:
-    """The line of this step, with the loss over all ranks. A loss that is no number ends the run on every rank."""
+    """The line of this step, with the loss over all ranks."""
     mean_loss = float(job.accelerator.reduce(loss, reduction="mean"))
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"the training loss is {mean_loss} at step {job.progress.step} with lr {lr:g}")
+    check_loss(job, "training", mean_loss)
     return {
         "kind": "train",
         "step": job.progress.step,
@@ -132,6 +154,14 @@ def train_record(job: Job, loss: torch.Tensor, grad_norm: torch.Tensor, lr: floa
         "optimizer_step_ms": round(job.timings.optimizer_step_ms[-1], 3),
         "step_ms": round(job.timings.step_ms[-1], 3),
     }
+
+
+def check_loss(job: Job, kind: str, loss: float) -> None:
+    """End the run on every rank where the loss is no finite number."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the {kind} loss is {loss} at step {job.progress.step}; try a learning rate below {job.settings.lr:g}"
+        )
 
 
 @torch.no_grad()
@@ -147,13 +177,13 @@ def evaluate(job: Job) -> float:
         loss = language_model_loss(model, inputs.to(accelerator.device), targets.to(accelerator.device))
         total += torch.tensor([float(loss) * len(starts), len(starts)], dtype=torch.float64, device=total.device)
     loss_sum, windows = accelerator.reduce(total, reduction="sum").tolist()
+    check_loss(job, "validation", loss_sum / windows)
     return loss_sum / windows
 
 
-def _evaluation_batches(job: Job) -> Iterator[list[int]]:
+def _evaluation_batches(job: Job) -> Iterator[Sequence[int]]:
     settings, accelerator = job.settings, job.accelerator
-    starts = validation_starts(job.corpus.validation, settings.seq_len, settings.eval_windows)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    mine = job.validation_starts[accelerator.process_index :: accelerator.num_processes]
     for first in range(0, len(mine), settings.batch_size):
         yield mine[first : first + settings.batch_size]
 
@@ -163,6 +193,8 @@ def summarise(job: Job) -> dict[str, Any]:
     accelerator, timings = job.accelerator, job.timings
     optimizer = getattr(job.optimizer, "optimizer", job.optimizer)
     bytes_by_rank = gather_object([reporting.optimizer_state_bytes(optimizer)])
+    # One and the same digest on all ranks, unless they have drifted apart.
+    weights_by_rank = gather_object([weights_digest(job.model)])
     step_ms = timings.steady(timings.step_ms)
     tokens_a_step = job.progress.tokens / job.progress.step
     summary = {
@@ -170,6 +202,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "optimizer_class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "world_size": accelerator.num_processes,
         "parameters": job.parameters,
+        "weights_sha256": weights_by_rank,
         "optimizer_state_bytes": bytes_by_rank,
         "state_bytes_per_parameter": max(bytes_by_rank) / job.parameters,
         "optimizer_step_ms_median": median(timings.steady(timings.optimizer_step_ms)),
@@ -201,6 +234,14 @@ def summarise(job: Job) -> dict[str, Any]:
     if hasattr(optimizer, "stats"):
         summary["stats"] = optimizer.stats()
     return summary
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A hash over the bits of all parameters of this rank."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

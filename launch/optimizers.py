@@ -90,6 +90,12 @@ def check_optimizer_name(name: str) -> None:
         raise ValueError(f"unknown optimizer {name!r}; accepted: {', '.join(FACTORIES)}")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what numpy's generator, which accelerate's set_seed seeds with the others, does not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {seed}")
+
+
 def build_optimizer(name: str, parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Build the optimizer called `name` over `parameters`."""
     check_optimizer_name(name)

@@ -4,6 +4,17 @@
 # Arguments go on to both runs: bash launch/quickstart.sh --steps 20
 set -euo pipefail
 
+# The last of two equal options wins: these would take the place of the ones below and leave nothing to compare.
+for argument in "$@"; do
+    case "${argument%%=*}" in
+        --optimizer | --output-dir | --expect-world-size)
+            printf '%s: quickstart.sh sets %s itself, once for each run; for a run of your own see %s\n' \
+                "$argument" "${argument%%=*}" docs/training.md >&2
+            exit 2
+            ;;
+    esac
+done
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,11 +96,30 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; on other ranks nothing happens."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json_line(record))
             self._file.flush()
 
     def _earlier(self) -> list[dict[str, Any]]:
         return read_metrics(self.path) if self.resumed_step and self.path.is_file() else []
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """One line of a metrics file."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file for machines and for people."""
+    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are not JSON: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -108,9 +128,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def series(records: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one quantity."""
+    """Steps and values of one quantity; what the file has as null was no finite number."""
     chosen = [record for record in records if record["kind"] == kind]
-    return [record["step"] for record in chosen], [record[name] for record in chosen]
+    values = [math.nan if record[name] is None else record[name] for record in chosen]
+    return [record["step"] for record in chosen], values
 
 
 def final_losses(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -127,8 +148,7 @@ def write_report(output_dir: Path, summary: dict[str, Any]) -> None:
 
     records = read_metrics(output_dir / METRICS_FILE)
     summary.update(final_losses(records))
-    text = json.dumps(summary, indent=2) + "\n"
-    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_json(output_dir / SUMMARY_FILE, summary)
     draw_run(output_dir / PICTURE_FILE, summary, records)
     Console().print(summary_table(summary))
 

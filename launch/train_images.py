@@ -8,8 +8,6 @@ ACCELERATE_USE_CPU=true accelerate launch --config_file launch/configs/cpu_2.yam
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +33,7 @@ from image_training import (
     evaluate_part,
 )
 from optimizers import FACTORIES
+from reporting import json_line, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -105,22 +104,9 @@ def _metrics_writer(folder: Path) -> Callable[[EpochMetrics], None]:
     def record(metrics: EpochMetrics) -> None:
         # Opened anew for each epoch: what is there is complete also when the run is stopped.
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(asdict(metrics))) + "\n")
+            file.write(json_line(asdict(metrics)))
 
     return record
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
 
 
 def describe(job: Job) -> dict[str, Any]:

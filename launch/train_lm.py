@@ -52,13 +52,23 @@ def main(
     options["data"] = tuple(data or ())
     # Imported here so that --help does not wait for transformers.
     from lm_settings import TrainingSettings
-    from lm_training import run_training
+    from lm_training import DivergedError, prepare_job, run_job
 
     try:
-        run_training(TrainingSettings(**options))
-    except (ValueError, FloatingPointError) as error:
-        typer.echo(f"train_lm.py: {error}", err=True)
-        raise typer.Exit(2) from error
+        job = prepare_job(TrainingSettings(**options))
+    except ValueError as error:
+        raise _exit(error, 2) from error
+    # What else goes wrong from here on is a fault, and its traceback is wanted.
+    try:
+        run_job(job)
+    except DivergedError as error:
+        raise _exit(error, 1) from error
+
+
+def _exit(error: Exception, status: int) -> typer.Exit:
+    """Say what is wrong in one line and end with this status."""
+    typer.echo(f"train_lm.py: {error}", err=True)
+    return typer.Exit(status)
 
 
 if __name__ == "__main__":

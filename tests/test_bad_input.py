@@ -43,9 +43,16 @@ ACCEPTED = {
 }
 """What an error must name as accepted, by setting."""
 
-NUMBERS = (-1e-3, math.nan, math.inf, -math.inf, "0.1", None, True, 1j, [0.1])
+NUMBERS = (-1e-3, math.nan, math.inf, -math.inf, 1e39, 10**400, "0.1", None, True, 1j, [0.1])
 BAD_VALUES: dict[str, tuple[Any, ...]] = {
-    "lr": (*NUMBERS, torch.tensor([0.1, 0.2]), torch.tensor(math.nan), torch.tensor(-1.0), torch.tensor(1j)),
+    "lr": (
+        *NUMBERS,
+        torch.tensor([0.1, 0.2]),
+        torch.tensor(math.nan),
+        torch.tensor(-1.0),
+        torch.tensor(1j),
+        torch.tensor(True),
+    ),
     "eps": NUMBERS,
     "weight_decay": NUMBERS,
     "betas": (
@@ -172,6 +179,21 @@ def test_other_optimizers_keywords(
 def test_planned_keywords_accept_none(name: str) -> None:
     keywords: dict[str, Any] = {name: None}
     assert name not in AdamW8bit(make_params(FEW), **keywords).param_groups[0]
+    assert name not in AdamW8bit([{"params": make_params(FEW), **keywords}]).param_groups[0]
+    with pytest.raises(ValueError, match=f"param group 0: {name} is 'world', which this version.*accepted: None"):
+        AdamW8bit([{"params": make_params(FEW), name: "world"}])
+
+
+def test_products_of_settings_beyond_float32_are_refused() -> None:
+    running = Running()
+    set_gradients(running.params, running.steps)
+    for settings in ({"lr": 3e38}, {"lr": 1e30, "weight_decay": 1e30}):
+        kept = {name: running.opt.param_groups[1][name] for name in settings}
+        running.opt.param_groups[1].update(settings)
+        with pytest.raises(ValueError, match=r"param group 1, parameter 0.*lr is.*accepted: steps and factors up to"):
+            running.opt.step()
+        running.opt.param_groups[1].update(kept)
+    running.assert_unharmed()
 
 
 # ---------------------------------------------------------------- parameters
@@ -196,6 +218,13 @@ def parameter(dtype: torch.dtype = torch.float32) -> Parameter:
     return Parameter(torch.zeros(64, 128, dtype=dtype), requires_grad=False)
 
 
+def of_fsdp1(mark: str) -> Parameter:
+    """A parameter as ``FullyShardedDataParallel`` marks its flat ones and the views into them."""
+    param = parameter()
+    setattr(param, mark, True)
+    return param
+
+
 SHARED = parameter()
 BAD_PARAMS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("float64", lambda: [parameter(torch.float64)], ValueError, "parameter 0 has dtype torch.float64.*torch.float32"),
@@ -208,6 +237,8 @@ BAD_PARAMS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("overlapping", lambda: [torch.zeros(1, 128).expand(64, 128)], ValueError, "parameter 0.*accepted"),
     ("non-leaf", lambda: [torch.zeros(9, 9, requires_grad=True) + 1], ValueError, "non-leaf"),
     ("twice in a group", lambda: [SHARED, SHARED], ValueError, "parameter 1.*each parameter once"),
+    ("FSDP1 flat", lambda: [of_fsdp1("_is_flat_param")], ValueError, "FSDP1.*accepted"),
+    ("FSDP1 view", lambda: [of_fsdp1("_fsdp_flattened")], ValueError, "FSDP1.*accepted"),
     ("not tensors", lambda: [5], TypeError, "parameter 0 is a int; accepted: tensors"),
     ("half a pair", lambda: [("weight",)], TypeError, "parameter 0.*accepted"),
     ("a set", lambda: {parameter()}, TypeError, "ordered collections"),

@@ -1,4 +1,4 @@
-"""launch/environment.sh, as far as it can be tested without installing anything: what it refuses and says."""
+"""launch/environment.sh and quickstart.sh, as far as they can be tested without installing: what they refuse and say."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ENVIRONMENT = Path(__file__).resolve().parents[1] / "launch" / "environment.sh"
+QUICKSTART = ENVIRONMENT.with_name("quickstart.sh")
 
 
 def source_environment(*extras: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +52,32 @@ def test_leaves_a_folder_alone_that_is_no_environment(tmp_path: Path) -> None:
     assert finished.returncode != 0
     assert "is no virtual environment" in finished.stderr
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_says_so_when_the_environment_has_another_python(tmp_path: Path) -> None:
+    """A stand-in for the interpreter of an environment that was made with Python 3.9."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/bin/sh\ncase \"$*\" in\n    -V) echo 'Python 3.9.2' ;;\n    *version_info*) exit 1 ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    finished = source_environment("test", PATH=os.environ["PATH"], LOWMEM_ADAM_VENV=str(tmp_path / "venv"))
+    assert finished.returncode != 0
+    assert "has Python 3.9.2, the project needs Python 3.10 to 3.13" in finished.stderr
+    assert "ready" not in finished.stdout
+    assert "installing" not in finished.stdout
+
+
+@pytest.mark.parametrize("option", ["--optimizer", "--output-dir=elsewhere", "--expect-world-size"])
+def test_quickstart_refuses_options_that_it_sets_itself(option: str, tools: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    command = [bash, str(QUICKSTART), "--steps", "20", option, "1"]
+    finished = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 2
+    assert f"{option}: quickstart.sh sets {option.partition('=')[0]} itself" in finished.stderr
+    assert finished.stdout == ""
 
 
 def test_asks_for_an_extra() -> None:

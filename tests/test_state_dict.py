@@ -87,6 +87,18 @@ def test_state_saved_before_the_first_step_resets() -> None:
     assert_same_bits(everything(opt), everything(trained()))
 
 
+def test_reading_the_state_of_a_parameter_without_any_does_not_spoil_a_checkpoint() -> None:
+    opt, fresh = trained(), trained(steps=0)
+    idle = torch.nn.Parameter(torch.zeros(3))
+    for each in (opt, fresh):
+        each.add_param_group({"params": [idle]})
+        assert each.state[idle] == {}
+    saved = through_file(opt.state_dict())
+    fresh.load_state_dict(saved)
+    assert_same_bits(opt.state_dict()["state"][0], fresh.state_dict()["state"][0])
+    assert not fresh.state.get(idle)
+
+
 def test_loaded_state_shares_no_memory_with_what_was_given() -> None:
     opt, other = trained(), trained(steps=0)
     given = copied(opt.state_dict())

@@ -269,7 +269,7 @@ def test_schedules() -> None:
     [
         ("optimizer", "sgd9"), ("schedule", "step"), ("lr", 0.0), ("lr", math.nan), ("weight_decay", -1.0),
         ("epochs", 0), ("batch_size", 0), ("plateau_factor", 1.0), ("plateau_patience", -1), ("width", 12),
-        ("dropout", 1.0),
+        ("dropout", 1.0), ("lr", math.inf), ("weight_decay", math.nan), ("seed", -1),
     ],
 )  # fmt: skip
 def test_settings_name_the_value_they_refuse(name: str, value: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -29,12 +31,16 @@ LAUNCH = ROOT / "launch"
 sys.path.insert(0, str(LAUNCH))
 
 import compare_runs  # noqa: E402
+import lm_checkpoint  # noqa: E402
 import lm_data  # noqa: E402
+import lm_training  # noqa: E402
 import optimizers  # noqa: E402
 import reporting  # noqa: E402
 import train_lm  # noqa: E402
-from lm_settings import TrainingSettings, learning_rate_factor  # noqa: E402
-from lm_training import run_training  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from lm_settings import TrainingSettings  # noqa: E402
+from lm_training import DivergedError, run_training  # noqa: E402
+from schedules import warmup_cosine  # noqa: E402
 
 OURS_AND_TORCH = ("torch", "adamw8bit")
 # Far above what a launch takes; it bounds a hang only.
@@ -252,8 +258,7 @@ def test_state_bytes_count_each_storage_once_and_no_parameter() -> None:
 
 
 def test_schedule_counts_optimizer_steps() -> None:
-    settings = TrainingSettings(output_dir=Path("unused"), steps=100, warmup_steps=10, final_lr_fraction=0.1)
-    factors = [learning_rate_factor(settings, step) for step in range(101)]
+    factors = [warmup_cosine(step, steps=100, warmup_steps=10, final_fraction=0.1) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == 1.0
     assert factors[100] == pytest.approx(0.1)
@@ -261,12 +266,55 @@ def test_schedule_counts_optimizer_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("precision", "fp8"), ("param_dtype", "float16"), ("steps", 0), ("hidden_size", 63), ("checkpoint_every", 5)],
+    ("name", "value", "accepted"),
+    [
+        ("precision", "fp8", "no, bf16"),
+        ("param_dtype", "float16", "float32, bfloat16"),
+        ("steps", 0, "at least 1"),
+        ("hidden_size", 63, "a multiple of twice the heads"),
+        ("checkpoint_every", 5, "needs a checkpoint_dir"),
+        ("lr", math.nan, "a finite number above 0"),
+        ("lr", math.inf, "a finite number above 0"),
+        ("lr", 0.0, "a finite number above 0"),
+        ("betas", (0.9, math.nan), "0..1, 1 excluded"),
+        ("betas", (1.0, 0.999), "0..1, 1 excluded"),
+        ("weight_decay", math.nan, "a finite number of at least 0"),
+        ("weight_decay", -0.1, "a finite number of at least 0"),
+        ("warmup_steps", -1, "a finite number of at least 0"),
+        ("clip", math.inf, "a finite number of at least 0"),
+        ("final_lr_fraction", math.nan, "0..1"),
+        ("seed", 2**32, "0..4294967295"),
+    ],
 )
-def test_wrong_settings_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=name):
+def test_wrong_settings_are_refused_by_name(name: str, value: Any, accepted: str) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
         replace(TrainingSettings(output_dir=Path("unused")), **{name: value})
+    assert str(value) in str(caught.value)
+    assert accepted in str(caught.value)
+
+
+# What is written
+
+
+def test_what_is_no_finite_number_is_null_in_the_files(tmp_path: Path) -> None:
+    record = {"kind": "train", "step": 1, "grad_norm": math.inf, "nested": [(math.nan, 1.5)]}
+    with reporting.MetricsLog(tmp_path, is_main_process=True) as log:
+        log.write(record)
+    reporting.write_json(tmp_path / "summary.json", record)
+    (line,) = reporting.read_metrics(tmp_path / reporting.METRICS_FILE)
+    assert line == json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert line == {"kind": "train", "step": 1, "grad_norm": None, "nested": [[None, 1.5]]}
+    steps, (norm,) = reporting.series([line], "train", "grad_norm")
+    assert steps == [1]
+    assert math.isnan(norm)
+
+
+def test_latest_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+    for name in ("step-999999", "step-1000000", "step-last", "step-000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / lm_checkpoint.CHECKPOINT_MARKER).write_text("{}", encoding="utf-8")
+    (tmp_path / "step-2000000").mkdir()  # interrupted: no marker
+    assert lm_checkpoint.find_checkpoint(tmp_path) == tmp_path / "step-1000000"
 
 
 # Runs
@@ -406,6 +454,64 @@ def test_pure_bf16_and_mixed_precision_run(text: Path, tmp_path: Path) -> None:
     assert pure["precision"] == "no"
     assert mixed["precision"] == "bf16"
     assert pure["final_val_loss"] == pytest.approx(mixed["final_val_loss"], rel=0.1)
+
+
+# Runs that fail
+
+
+@pytest.fixture
+def group_ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry each time a run leaves its process group."""
+    ends: list[str] = []
+    end_training = Accelerator.end_training
+
+    def recorded(accelerator: Any) -> None:
+        ends.append(accelerator.device.type)
+        end_training(accelerator)
+
+    monkeypatch.setattr(Accelerator, "end_training", recorded)
+    return ends
+
+
+def test_refusal_before_the_first_step_is_one_line(text: Path, tmp_path: Path, group_ends: list[str]) -> None:
+    # Found when the text is read, when the held-out windows are cut and when the checkpoint is looked for.
+    for name, value, words in (
+        ("data", str(tmp_path / "absent"), "does not exist"),
+        ("seq_len", "4000", "the held-out text has"),
+        ("resume", str(tmp_path), "neither a complete checkpoint"),
+    ):
+        forget_accelerate()
+        options = tiny_options(tmp_path / "run", text, optimizer="torch", **{name: value})
+        result = CliRunner().invoke(train_lm.app, options)
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert len(group_ends) == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_fault_in_a_step_keeps_its_traceback(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_ends: list[str]
+) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise ValueError("a fault of the job")
+
+    monkeypatch.setattr(lm_training, "language_model_loss", broken)
+    result = CliRunner().invoke(train_lm.app, tiny_options(tmp_path, text, optimizer="torch"))
+    assert isinstance(result.exception, ValueError)
+    assert result.exc_info is not None
+    functions = [frame.name for frame in traceback.extract_tb(result.exc_info[2])]
+    assert functions[-2:] == ["training_step", "broken"]
+    assert len(group_ends) == 1
+
+
+def test_diverged_run_says_so(text: Path, tmp_path: Path, group_ends: list[str]) -> None:
+    result = CliRunner().invoke(train_lm.app, tiny_options(tmp_path, text, optimizer="torch", lr="1e30"))
+    assert result.exit_code == 1
+    assert "try a learning rate below 1e+30" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    assert len(group_ends) == 1
+    assert not (tmp_path / reporting.SUMMARY_FILE).exists()
 
 
 # Launchers
