@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains the same small language model twice on the sources of Python's standard library, with torch.optim.AdamW
 # and with AdamW8bit, in two processes on one machine without a GPU, and compares the two runs.
-# Arguments go on to both runs: bash launch/quickstart.sh --steps 20
+# Arguments go on to both runs: bash launch/quickstart.sh --steps 20 (all but --optimizer, --output-dir and
+# --expect-world-size, which are set here).
 set -euo pipefail
 
 # The last of two equal options wins: these would take the place of the ones below and leave nothing to compare.

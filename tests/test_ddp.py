@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessContext, start_processes
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,7 @@ SECONDS = 120
 """Far above what a job takes; then its ranks are ended."""
 
 Job = Callable[[int, Path], Any]
+Results = dict[str, tuple[Any, Any]]
 VARIANTS = ((torch.float32, False), (torch.bfloat16, True))
 """Dtype of the parameters, and whether gradients are views into DDP's buckets."""
 
@@ -40,24 +42,31 @@ VARIANTS = ((torch.float32, False), (torch.bfloat16, True))
 def run_rank(rank: int, job: Job, folder: Path) -> None:
     torch.set_num_threads(1)
     rendezvous = (folder / "rendezvous").as_uri()
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=SECONDS)
-    )
+    # Shorter than the parent waits: a rank left alone says in which call it hangs.
+    timeout = timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
     try:
         torch.save(job(rank, folder), folder / f"result_{rank}.pt")
         dist.barrier()
+    except Exception:
+        # Before this rank's connections close: the other rank's complaint about that may be raised first.
+        (folder / f"traceback_{rank}.txt").write_text(f"Rank {rank}: {traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
 
 
 def on_two_ranks(job: Job, folder: Path) -> list[Any]:
-    """What the job returns on each rank. An error on a rank is raised here, with that rank's traceback."""
+    """What the job returns on each rank. An error on a rank fails the test and shows that rank's traceback."""
     context = start_processes(run_rank, (job, folder), WORLD_SIZE, join=False, start_method="spawn")
     assert isinstance(context, ProcessContext)
     deadline = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
             assert time.monotonic() < deadline, f"not all ranks ended within {SECONDS} s"
+    except ProcessException as error:
+        tracebacks = [path.read_text() for path in sorted(folder.glob("traceback_*.txt"))]
+        raise AssertionError("\n".join([*tracebacks, str(error)])) from None
     finally:
         for process in context.processes:
             process.kill()
@@ -106,7 +115,7 @@ class Replica:
     def train(self, rank: int, steps: range, poison: Callable[[], Tensor] | None = None) -> None:
         for step in steps:
             loss = loss_of(self.ddp, rank, step)
-            (loss if poison is None else loss + poison()).backward()  # type: ignore[no-untyped-call]
+            (loss if poison is None else loss + poison()).backward()
             self.opt.step()
             self.opt.zero_grad()
 
@@ -122,7 +131,7 @@ def assert_trained(found: Any) -> None:
         assert state["exp_avg_code" if "exp_avg_code" in state else "exp_avg"].any()
 
 
-# ---------------------------------------------------------------- jobs and their tests
+# ---------------------------------------------------------------- jobs
 
 
 def steps_job(rank: int, folder: Path) -> Any:
@@ -134,33 +143,11 @@ def steps_job(rank: int, folder: Path) -> Any:
         alone = Model().to(dtype)
         opt = AdamW8bit(alone.parameters(), lr=1e-2)
         for step in range(6):
-            loss_of(alone, rank, step).backward()  # type: ignore[no-untyped-call]
+            loss_of(alone, rank, step).backward()
             opt.step()
             opt.zero_grad()
         found[str(dtype)] = {"ddp": everything(replica.opt), "alone": everything(opt)}
     return found
-
-
-def test_ranks_stay_equal_on_different_data_and_equal_one_process_with_mean_gradients(tmp_path: Path) -> None:
-    first, second = on_two_ranks(steps_job, tmp_path)
-    for dtype, _ in VARIANTS:
-        one, other = first[str(dtype)], second[str(dtype)]
-        assert_trained(one["ddp"])
-        assert_same_bits(one["ddp"], other["ddp"])
-        assert differ(one["alone"]["params"], other["alone"]["params"])
-    assert_same_bits(one_process_with_mean_gradients(6), first["torch.float32"]["ddp"])
-
-
-def one_process_with_mean_gradients(steps: int) -> Any:
-    """Halves added up: exact, so the same bits in whatever order."""
-    model = Model()
-    opt = AdamW8bit(model.parameters(), lr=1e-2)
-    for step in range(steps):
-        for rank in range(WORLD_SIZE):
-            (loss_of(model, rank, step) / WORLD_SIZE).backward()  # type: ignore[no-untyped-call]
-        opt.step()
-        opt.zero_grad()
-    return everything(opt)
 
 
 def no_sync_job(rank: int, folder: Path) -> Any:
@@ -170,7 +157,7 @@ def no_sync_job(rank: int, folder: Path) -> Any:
         for step in range(4):
             for micro in range(3):
                 with replica.ddp.no_sync() if micro < 2 else nullcontext():
-                    (loss_of(replica.ddp, rank, 3 * step + micro) / 3).backward()  # type: ignore[no-untyped-call]
+                    (loss_of(replica.ddp, rank, 3 * step + micro) / 3).backward()
                 if micro == 1:
                     local = replica.gradients()
             reduced = replica.gradients()
@@ -178,16 +165,6 @@ def no_sync_job(rank: int, folder: Path) -> Any:
             replica.opt.zero_grad()
         found[str(dtype)] = {"local": local, "reduced": reduced, "end": everything(replica.opt)}
     return found
-
-
-def test_ranks_stay_equal_when_gradients_accumulate_without_synchronisation(tmp_path: Path) -> None:
-    first, second = on_two_ranks(no_sync_job, tmp_path)
-    for dtype, _ in VARIANTS:
-        one, other = first[str(dtype)], second[str(dtype)]
-        assert all(differ(a, b) for a, b in zip(one["local"], other["local"], strict=True))
-        assert_same_bits(one["reduced"], other["reduced"])
-        assert_trained(one["end"])
-        assert_same_bits(one["end"], other["end"])
 
 
 def resume_job(rank: int, folder: Path) -> Any:
@@ -213,16 +190,6 @@ def resume_job(rank: int, folder: Path) -> Any:
     return found
 
 
-def test_both_ranks_resume_from_what_one_saved_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    for found in (ranks := on_two_ranks(resume_job, tmp_path)):
-        for dtype, _ in VARIANTS:
-            ends = found[str(dtype)]
-            assert_trained(ends["through"])
-            assert_same_bits(ends["through"], ends["resumed"])
-            assert differ(ends["through"]["params"], ends["model only"]["params"])
-    assert_same_bits(ranks[0], ranks[1])
-
-
 def nonfinite_job(rank: int, folder: Path) -> Any:
     """On rank 1 alone two elements get an infinite gradient: one of a tensor with codes, one of a small tensor."""
     found = {}
@@ -232,7 +199,7 @@ def nonfinite_job(rank: int, folder: Path) -> Any:
         before = everything(replica.opt)
 
         def poison(plain: Model = replica.plain) -> Tensor:
-            # Only these two elements' derivatives change: that of the other terms is 1 all the same.
+            # The derivative by these two elements becomes infinite; all others stay as they are.
             infinite = math.inf if rank == 1 else 0.0
             return infinite * (plain.narrow.weight[7, 129] + plain.head.bias[3]).float()
 
@@ -245,13 +212,70 @@ def nonfinite_job(rank: int, folder: Path) -> Any:
     return found
 
 
+def all_jobs(rank: int, folder: Path) -> Any:
+    return {job.__name__: job(rank, folder) for job in (steps_job, no_sync_job, resume_job, nonfinite_job)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One pair of processes for all jobs: to start it takes longer than they do."""
+    first, second = on_two_ranks(all_jobs, tmp_path_factory.mktemp("ranks"))
+    return {name: (first[name], second[name]) for name in first}
+
+
+# ---------------------------------------------------------------- tests
+
+
+def test_ranks_stay_equal_on_different_data_and_equal_one_process_with_mean_gradients(ranks: Results) -> None:
+    first, second = ranks[steps_job.__name__]
+    for dtype, _ in VARIANTS:
+        one, other = first[str(dtype)], second[str(dtype)]
+        assert_trained(one["ddp"])
+        assert_same_bits(one["ddp"], other["ddp"])
+        assert differ(one["alone"]["params"], other["alone"]["params"])
+    assert_same_bits(one_process_with_mean_gradients(6), first["torch.float32"]["ddp"])
+
+
+def one_process_with_mean_gradients(steps: int) -> Any:
+    """Halves added up: exact, so the same bits in whatever order."""
+    model = Model()
+    opt = AdamW8bit(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        for rank in range(WORLD_SIZE):
+            (loss_of(model, rank, step) / WORLD_SIZE).backward()
+        opt.step()
+        opt.zero_grad()
+    return everything(opt)
+
+
+def test_ranks_stay_equal_when_gradients_accumulate_without_synchronisation(ranks: Results) -> None:
+    first, second = ranks[no_sync_job.__name__]
+    for dtype, _ in VARIANTS:
+        one, other = first[str(dtype)], second[str(dtype)]
+        assert all(differ(a, b) for a, b in zip(one["local"], other["local"], strict=True))
+        assert_same_bits(one["reduced"], other["reduced"])
+        assert_trained(one["end"])
+        assert_same_bits(one["end"], other["end"])
+
+
+def test_both_ranks_resume_from_what_one_saved_as_if_nothing_had_happened(ranks: Results) -> None:
+    first, second = ranks[resume_job.__name__]
+    assert_same_bits(first, second)
+    for found in (first, second):
+        for dtype, _ in VARIANTS:
+            ends = found[str(dtype)]
+            assert_trained(ends["through"])
+            assert_same_bits(ends["through"], ends["resumed"])
+            assert differ(ends["through"]["params"], ends["model only"]["params"])
+
+
 def elements(found: Any) -> Iterator[tuple[str, Tensor]]:
     names = [name for name, _ in Model().named_parameters()]
     yield from zip(names, found["params"], strict=True)
 
 
-def test_an_infinite_gradient_on_one_rank_is_skipped_on_both(tmp_path: Path) -> None:
-    first, second = on_two_ranks(nonfinite_job, tmp_path)
+def test_an_infinite_gradient_on_one_rank_is_skipped_on_both(ranks: Results) -> None:
+    first, second = ranks[nonfinite_job.__name__]
     assert_same_bits(first, second)
     for dtype, _ in VARIANTS:
         found = first[str(dtype)]
@@ -275,5 +299,5 @@ def failing_job(rank: int, folder: Path) -> Any:
 
 
 def test_an_error_on_a_rank_is_raised_with_its_traceback_and_ends_the_other(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"(?s)Process 1 terminated.*in failing_job.*rank 1 went wrong"):
+    with pytest.raises(AssertionError, match=r"(?s)Rank 1: Traceback.*in failing_job.*rank 1 went wrong"):
         on_two_ranks(failing_job, tmp_path)

@@ -1,4 +1,4 @@
-"""launch/environment.sh and quickstart.sh, as far as they can be tested without installing: what they refuse and say."""
+"""launch/environment.sh and quickstart.sh, as far as they can be tested without installing: what they refuse."""
 
 import os
 import shutil

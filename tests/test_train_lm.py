@@ -39,7 +39,7 @@ import reporting  # noqa: E402
 import train_lm  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from lm_settings import TrainingSettings  # noqa: E402
-from lm_training import DivergedError, run_training  # noqa: E402
+from lm_training import run_training  # noqa: E402
 from schedules import warmup_cosine  # noqa: E402
 
 OURS_AND_TORCH = ("torch", "adamw8bit")
@@ -477,7 +477,7 @@ def test_refusal_before_the_first_step_is_one_line(text: Path, tmp_path: Path, g
     # Found when the text is read, when the held-out windows are cut and when the checkpoint is looked for.
     for name, value, words in (
         ("data", str(tmp_path / "absent"), "does not exist"),
-        ("seq_len", "4000", "the held-out text has"),
+        ("seq_len", "8000", "the held-out text has"),
         ("resume", str(tmp_path), "neither a complete checkpoint"),
     ):
         forget_accelerate()
@@ -520,7 +520,7 @@ def test_diverged_run_says_so(text: Path, tmp_path: Path, group_ends: list[str])
 @pytest.mark.slow
 def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
     config = LAUNCH / "configs" / "cpu_2.yaml"
-    options = tiny_options(tmp_path / "two", text, batch_size="2", optimizer="torch", expect_world_size="2")
+    options = tiny_options(tmp_path / "two", text, batch_size="2", optimizer="adamw8bit", expect_world_size="2")
     result = launch(["--config_file", str(config), str(LAUNCH / "train_lm.py"), *options])
     assert result.returncode == 0, result.stderr
     assert "world size: 2" in result.stdout
@@ -528,12 +528,21 @@ def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "two" / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
     assert summary["world_size"] == 2
     assert len(summary["optimizer_state_bytes"]) == 2
-    run_training(tiny_settings(tmp_path / "one", text, optimizer="torch"))
+    first_rank, second_rank = summary["weights_sha256"]
+    assert first_rank == second_rank
+    run_training(tiny_settings(tmp_path / "one", text, optimizer="adamw8bit"))
     two, one = (reporting.read_metrics(tmp_path / run / reporting.METRICS_FILE) for run in ("two", "one"))
-    for name in ("loss", "lr", "tokens"):
-        pairs = (reporting.series(records, "train", name)[1] for records in (two, one))
-        assert next(pairs) == pytest.approx(next(pairs), rel=1e-3)
-    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-3)
+    for name in ("lr", "tokens"):
+        assert reporting.series(two, "train", name) == reporting.series(one, "train", name)
+    losses, alone = (reporting.series(records, "train", "loss")[1] for records in (two, one))
+    assert losses[0] == pytest.approx(alone[0], rel=1e-6)
+    # Later, sums in another order put a few moments into the next code. Rounding of relative size 2^-20 does so to
+    # about 2^-20 / 0.028 of the elements a step (a ratio's code is 0.028 wide at ratio 1); their updates are then off
+    # by at most a code of the root, a tenth (24 octaves in 254 codes). If none of it averaged out, that came to 3e-5
+    # of the way of eight steps, on which the loss falls by 3: to 1e-4. Three times that is allowed for; the same run
+    # with torch.optim.AdamW ends 1e-3 off.
+    assert losses == pytest.approx(alone, rel=0, abs=3e-4)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=0, abs=3e-4)
 
 
 @pytest.mark.slow
