@@ -149,14 +149,14 @@ class Dither:
             float32 ``(n_blocks, width)`` in [0, 1), the same in (0, 1), and bool ``(n_blocks, 1)``.
         """
         words = self._words(self.key, FORMAT.moment_lane, FORMAT.moment_step)
-        root = ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
-        ratio = ((words & 0xFFFF).to(torch.float32) + 0.5) * 2.0**-16
+        root = (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+        ratio = words.bitwise_and_(0xFFFF).to(torch.float32).add_(0.5).mul_(2.0**-16)
         return root, ratio, (((self.block + self.step) & 1) == 0)[:, None]
 
     def update_words(self) -> Tensor:
         """Uniform 16-bit integers for the stochastic rounding of parameters, int32 ``(n_blocks, width)``."""
         key = _mix32_tensor(self.key ^ FORMAT.update_key)
-        return (self._words(key, FORMAT.update_lane, FORMAT.update_step) >> 16) & 0xFFFF
+        return self._words(key, FORMAT.update_lane, FORMAT.update_step).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def block_grid(root: Tensor) -> Grid:
@@ -174,7 +174,7 @@ def block_grid(root: Tensor) -> Grid:
         bits = torch.where(bits < _INFINITY_BITS, bits, 0)
         top = bits.amax(dim=1)
     # Subtracting 1 sends zeros beyond all others.
-    bottom = ((bits - 1) & 0x7FFFFFFF).amin(dim=1) + 1
+    bottom = (bits - 1).bitwise_and_(0x7FFFFFFF).amin(dim=1) + 1
     empty = top == 0
     top = top >> FORMAT.mantissa_bits
     floor = torch.maximum((bottom >> FORMAT.mantissa_bits).clamp_(min=1), top + 1 - FORMAT.max_octaves)
@@ -230,20 +230,19 @@ def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tens
     ``code = clamp(floor(fl(y + threshold)), -127, 127)``. Where g^2 underflows, root is 0 beside m: the code is then
     -127, 0 or 127, and all of them decode to 0.
     """
-    ratio = (exp_avg / (root + exp_avg.abs())).nan_to_num_(0.0)
-    code = ratio.mul_(FORMAT.ratio_scale)
+    code = torch.div(exp_avg, total := exp_avg.abs().add_(root), out=total).nan_to_num_(0.0).mul_(FORMAT.ratio_scale)
     # Where a block is to round small ratios to nearest, the threshold is 0.5. The selection is spelled as arithmetic,
     # which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.
-    dithered = (code.abs() - FORMAT.ratio_always_dithered).mul_(2.0**40).clamp_(0, 1)
-    dithered = torch.maximum(dithered, (~nearest).to(torch.float32))
-    code = (((threshold - 0.5) * dithered).add_(0.5) + code).floor_()
+    dithered = code.abs().sub_(FORMAT.ratio_always_dithered).mul_(2.0**40).clamp_(0, 1)
+    dithered = dithered.add_((~nearest).to(torch.float32)).clamp_(max=1)
+    code = dithered.mul_(threshold - 0.5).add_(0.5).add_(code).floor_()
     return code.clamp_(-FORMAT.ratio_limit, FORMAT.ratio_limit).to(torch.int8)
 
 
 def decode_ratio(code: Tensor, root: Tensor) -> Tensor:
     """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments: ``fl(fl(q / (143 - |q|)) * root)``."""
     code = code.to(torch.float32)
-    return (code / (FORMAT.ratio_scale - code.abs())).mul_(root)
+    return code.div_(FORMAT.ratio_scale - code.abs()).mul_(root)
 
 
 def encode(exp_avg: Tensor, root: Tensor, dither: Dither) -> Codes:

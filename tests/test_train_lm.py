@@ -102,9 +102,6 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if not name.endswith("_ms")}
 
 
-# Text
-
-
 # Runs
 
 

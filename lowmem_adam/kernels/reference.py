@@ -74,9 +74,9 @@ def _adam(
     update = new_exp_avg / denominator
     if s.eps < SMALLEST_NORMAL:
         # eps vanishes in float32: an element that never had a gradient would be 0 / 0. It does not move.
-        update = update.masked_fill_(denominator == 0, 0.0)
-    new_weight = weight * s.shrink if s.shrink != 1.0 else weight
-    return new_weight - update.mul_(s.step_size), new_exp_avg, new_exp_avg_sq, root
+        update.masked_fill_(denominator == 0, 0.0)
+    new_weight = (weight * s.shrink).sub_(update.mul_(s.step_size))
+    return new_weight, new_exp_avg, new_exp_avg_sq, root
 
 
 def exact_sqrt(x: Tensor) -> Tensor:
