@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lm_job import Job
 from lm_settings import IMMATERIAL
 from reporting import write_json
+from safetensors import SafetensorError
 
 # Written last, so a folder without it is a checkpoint that was interrupted.
 CHECKPOINT_MARKER = "training.json"
@@ -40,7 +42,11 @@ def load_checkpoint(job: Job, path: Path) -> None:
     ]
     if different:
         raise ValueError(f"the checkpoint {folder} belongs to another run ({'; '.join(different)})")
-    job.accelerator.load_state(str(folder))
+    try:
+        job.accelerator.load_state(str(folder))
+    except (RuntimeError, EOFError, OSError, UnpicklingError, SafetensorError) as error:
+        # What torch and safetensors say of a damaged file does not name it.
+        raise ValueError(f"the checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
     if job.progress.step >= job.settings.steps:
         raise ValueError(
             f"the checkpoint {folder} is at step {job.progress.step} of {job.settings.steps}: nothing left"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +213,16 @@ def test_checkpoint_of_another_run_is_refused(finished_runs: dict[str, Path], te
     forget_accelerate()
     with pytest.raises(ValueError, match="neither a complete checkpoint"):
         run_training(tiny_settings(tmp_path, text, optimizer="torch", resume=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
+def test_damaged_checkpoint_is_named(name: str, finished_runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "step-000004"
+    shutil.copytree(finished_runs["adamw8bit"] / "checkpoints" / damaged.name, damaged)
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"checkpoint {re.escape(str(damaged))} cannot be read"):
+        run_training(tiny_settings(tmp_path / "run", text, optimizer="adamw8bit", resume=damaged))
 
 
 def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> None:
