@@ -33,40 +33,6 @@ def is_coded(shape: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """A contiguous piece of a parameter that is small enough to be worked on at once.
-
-    ``rows`` rows of ``cols`` elements, every row starting at a block start; flat elements
-    ``[start, start + rows * cols)``; blocks ``[first_block, first_block + n_blocks)``.
-    """
-
-    rows: int
-    cols: int
-    start: int
-    first_block: int
-
-    @property
-    def stop(self) -> int:
-        """Flat index one past the last element."""
-        return self.start + self.rows * self.cols
-
-    @property
-    def blocks_per_row(self) -> int:
-        """Blocks that one row takes, a shorter last one included."""
-        return -(-self.cols // BLOCK_SIZE)
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks in all."""
-        return self.rows * self.blocks_per_row
-
-    @property
-    def width(self) -> int:
-        """Columns of the tile's block matrix ``(n_blocks, width)``: short rows need no padding to a full block."""
-        return min(self.cols, BLOCK_SIZE)
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """Where the blocks of one parameter lie: ``rows`` rows of ``cols`` elements."""
 
@@ -124,6 +90,28 @@ class Layout:
                 stop = min(start + n_blocks * BLOCK_SIZE, (row + 1) * self.cols)
                 yield Tile(1, stop - start, start, block)
                 block += n_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Tile(Layout):
+    """A contiguous piece of a parameter that is small enough to be worked on at once.
+
+    ``rows`` rows of ``cols`` elements, every row starting at a block start; flat elements
+    ``[start, start + rows * cols)``; blocks ``[first_block, first_block + n_blocks)``.
+    """
+
+    start: int
+    first_block: int
+
+    @property
+    def stop(self) -> int:
+        """Flat index one past the last element."""
+        return self.start + self.numel
+
+    @property
+    def width(self) -> int:
+        """Columns of the tile's block matrix ``(n_blocks, width)``: short rows need no padding to a full block."""
+        return min(self.cols, BLOCK_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
