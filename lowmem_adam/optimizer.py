@@ -165,6 +165,7 @@ class Adam8bit(torch.optim.Optimizer):
         Raises:
             ValueError: a setting, a gradient or a state that is not accepted; a non-finite gradient under
                 ``nonfinite="error"``. No parameter and no state has changed then.
+            RuntimeError: inside of a CUDA graph capture.
         """
         loss = None
         if closure is not None:
@@ -209,8 +210,8 @@ class Adam8bit(torch.optim.Optimizer):
                 work.append(_Work(param, param.grad, group, _scalars(group, lr, step, label)))
         return work
 
-    # What compilers make of the kernel may round differently; this is what torch.optim uses itself, and unlike
-    # torch.compiler.disable it does not import the compiler.
+    # What compilers make of the kernel may round differently. This is what torch.optim uses itself: unlike
+    # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, item: _Work) -> None:
         param, state = item.param, self.state[item.param]
