@@ -82,8 +82,9 @@ def _adam(
 def exact_sqrt(x: Tensor) -> Tensor:
     """The correctly rounded square root of float32.
 
-    ``torch.sqrt`` is not on every machine: its CPU builds call Intel's vector library, which is off by one unit in
-    0.6% of all floats. The root in double is far more exact than any float32 root is close to a rounding boundary.
+    ``torch.sqrt`` need not be: torch 2.13.0's CPU build with MKL, on AVX-512, is off by one unit for 0.59% of all
+    mantissas (98,955 of 2^24, both parities of the exponent). The root in double is far more exact than any float32
+    root is close to a rounding boundary.
     """
     return x.to(torch.float64).sqrt_().to(torch.float32)
 
