@@ -199,7 +199,7 @@ def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
     """
     floor, span = _grid_bits(grid)
     bits = root.view(torch.int32) & 0x7FFFFFFF
-    # Tensor by tensor: torch turns a division of or by a number into a product with a rounded reciprocal.
+    # Tensor by tensor: torch computes a number divided by a tensor as a product with the rounded reciprocal.
     codes_per_bit = torch.full_like(span, FORMAT.root_intervals) / span
     above = (bits - floor).clamp_(min=0).to(torch.float32)
     code = above.mul_(codes_per_bit).add_(threshold).floor_().clamp_(max=FORMAT.root_intervals).add_(1)

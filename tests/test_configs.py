@@ -1,10 +1,9 @@
 """The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed."""
 
-import os
 import re
 import socket
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ pytest.importorskip("accelerate", reason="the configurations are accelerate's")
 
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
+
+from tests.launching import accelerate_launch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
@@ -37,15 +38,8 @@ accelerator.end_training()
 """
 
 
-def launch_command(config: str, script: Path, *options: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    return [*launcher, *options, str(script)]
-
-
-def cpu_environment() -> dict[str, str]:
-    # accelerate reads its settings from variables too: none of the surrounding run's may decide here.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def launch(config: str, script: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return accelerate_launch("--config_file", str(CONFIGS / f"{config}.yaml"), *options, str(script))
 
 
 def free_port() -> int:
@@ -75,9 +69,7 @@ def test_accelerate_reads_the_config(name: str) -> None:
 
 
 def test_cpu_2_starts_two_processes_that_know_of_one_another(script: Path) -> None:
-    finished = subprocess.run(
-        launch_command("cpu_2", script), env=cpu_environment(), capture_output=True, text=True, timeout=200
-    )
+    finished = launch("cpu_2", script)
     assert finished.returncode == 0, finished.stderr
     assert sorted(re.findall(r"^rank .*$", finished.stdout, flags=re.MULTILINE)) == [
         "rank 0 world 2 gloo gathered [0, 1]",
@@ -88,24 +80,9 @@ def test_cpu_2_starts_two_processes_that_know_of_one_another(script: Path) -> No
 def test_multi_node_joins_two_launchers(script: Path) -> None:
     """Two launchers on this machine stand for the two machines, with one CPU process each."""
     options = ["--num_processes", "2", "--mixed_precision", "no"]
-    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [
-        subprocess.Popen(
-            launch_command("multi_node", script, *options, *address, "--machine_rank", str(rank)),
-            env=cpu_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [machine.communicate(timeout=200) for machine in machines]
-    finally:
-        # torchrun ends its workers when it is asked to end; after a normal end there is nothing to do.
-        for machine in machines:
-            machine.terminate()
-            machine.wait(timeout=30)
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
-    for rank, (stdout, _) in enumerate(outputs):
-        assert f"rank {rank} world 2 gloo gathered [0, 1]" in stdout
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--machine_rank"]
+    with ThreadPoolExecutor(2) as pool:
+        machines = list(pool.map(lambda rank: launch("multi_node", script, *options, *address, rank), "01"))
+    for rank, machine in enumerate(machines):
+        assert machine.returncode == 0, machine.stderr
+        assert f"rank {rank} world 2 gloo gathered [0, 1]" in machine.stdout

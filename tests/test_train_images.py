@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -33,6 +30,8 @@ from image_data import ImageSet, Normalizer, load_images, stratified_split  # no
 from image_model import SmallCNN, augment  # noqa: E402
 from image_training import Evaluation, Trainer, TrainSettings, make_scheduler  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
+
+from tests.launching import accelerate_launch  # noqa: E402
 
 FEW_CHANNELS = ["--width", "16", "--batch-size", "32"]
 
@@ -405,22 +404,11 @@ def test_divergence_and_bad_arguments_end_with_a_message(tmp_path: Path) -> None
 # Two processes
 
 
-def launch_two(script: Path, *arguments: str, seconds: float = 120.0) -> str:
-    """Run a script on two processes with the shipped configuration; none is left behind."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "configs/cpu_2.yaml")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, str(script), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"two processes did not end within {seconds} s:\n{output}")
-    assert process.returncode == 0, output
-    return output
+def launch_two(script: Path, *arguments: str) -> str:
+    """Run a script on two processes with the shipped configuration; returns all they wrote."""
+    result = accelerate_launch("--config_file", str(LAUNCH / "configs/cpu_2.yaml"), str(script), *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.mark.slow

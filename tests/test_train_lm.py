@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +21,9 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.lm_cases import LAUNCH, OURS_AND_TORCH, ROOT, tiny_settings, write_text  # isort: skip  (puts launch/ on the path)
+from tests.launching import accelerate_launch
+
+from tests.lm_cases import LAUNCH, OURS_AND_TORCH, tiny_settings, write_text  # isort: skip  (puts launch/ on the path)
 
 import compare_runs
 import lm_training
@@ -33,9 +31,6 @@ import reporting
 import train_lm
 from accelerate import Accelerator
 from lm_training import run_training
-
-# Far above what a launch takes; it bounds a hang only.
-LAUNCH_TIMEOUT = 200
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +72,6 @@ def tiny_options(output_dir: Path, text: Path, **changes: str) -> list[str]:
     ]
     values = {name: str(getattr(settings, name)) for name in names} | {"data": str(text)} | changes
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
-
-
-def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` in a session of its own, so that a launch that hangs ends with all its processes."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=LAUNCH_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        pytest.fail(f"the launch did not end within {LAUNCH_TIMEOUT} s:\n{stdout}\n{stderr}")
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +292,7 @@ def test_diverged_run_says_so(text: Path, tmp_path: Path, group_ends: list[str])
 def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
     config = LAUNCH / "configs" / "cpu_2.yaml"
     options = tiny_options(tmp_path / "two", text, batch_size="2", optimizer="adamw8bit", expect_world_size="2")
-    result = launch(["--config_file", str(config), str(LAUNCH / "train_lm.py"), *options])
+    result = accelerate_launch("--config_file", str(config), str(LAUNCH / "train_lm.py"), *options)
     assert result.returncode == 0, result.stderr
     assert "world size: 2" in result.stdout
     assert "destroy_process_group" not in result.stderr
@@ -345,7 +319,7 @@ def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_launch_that_silently_starts_one_process_fails(text: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, text, optimizer="torch", expect_world_size="2")
-    result = launch(["--cpu", "--num_processes", "2", str(LAUNCH / "train_lm.py"), *options])
+    result = accelerate_launch("--cpu", "--num_processes", "2", str(LAUNCH / "train_lm.py"), *options)
     assert result.returncode != 0
     assert "world size is 1, but --expect-world-size says 2" in result.stderr
     assert not (tmp_path / reporting.METRICS_FILE).exists()
