@@ -9,10 +9,12 @@ scales inside one block lie decades apart. So, for a block of at most 128 elemen
   keeps two bytes: the biased exponent of its floor and the number of octaves above it. Whole octaves are on
   purpose: a grid that followed the block's maximum more closely would move at almost every step, and each move
   rounds all 128 roots anew.
-* ``m`` is coded as the ratio ``r = m / root`` to the root *just stored*, companded by ``y = r / (1 + |r|)`` =
+* ``m`` is coded as the ratio ``r = m / root`` to the root *before its rounding*, companded by ``y = r / (1 + |r|)`` =
   ``m / (root + |m|)``, in one signed byte. It needs no scale of its own, its error is directly an error of u, and
-  zero is exact. |r| is at most (1-b1)/sqrt((1-b2)(1-b1^2/b2)), 7.27 for the default betas, when b1^2 < b2; beyond
-  ``MAX_RATIO`` = 7.94 the code saturates, which errs to smaller steps.
+  zero is exact. Decoded against the stored root, m takes over that root's rounding error, so that it cancels in u;
+  coded against the stored root, m would be free of it and u would not. |r| is at most
+  (1-b1)/sqrt((1-b2)(1-b1^2/b2)), 7.27 for the default betas, when b1^2 < b2; beyond ``MAX_RATIO`` = 7.94 the code
+  saturates, which errs to smaller steps.
 * **Dither.** With beta2 = 0.999 a step moves the root by far less than a code, so rounding to nearest would freeze
   the average. Thresholds follow a Weyl sequence in the step, keyed by (seed, block ordinal, lane): unbiased, one
   addition, and its errors cancel in time. Roots are dithered at every step, and so are ratios beyond 2.04, whose
@@ -20,6 +22,9 @@ scales inside one block lie decades apart. So, for a block of at most 128 elemen
   at every second step, blocks taking turns, and rounded to nearest in between: never dithering leaves m stuck up to
   half a code / (1 - beta1) off (updates 12% too large after 400 steps of a constant gradient), always dithering
   costs a third more error in one coding; taking turns keeps the fixed point exact at half of that cost.
+
+The quotient ``m / (root + |m|)`` is a product with ``reciprocal``, a few integer and float operations that round alike on
+every machine: there are divisions enough in a step for it to wait for.
 
 Moments on disk, kernels on other devices and tests all read ``FORMAT``; changing any number in it is a new version.
 
@@ -59,6 +64,11 @@ class BlockFormat:
     """Ratios beyond this code are dithered at every step, the others at every second."""
     max_exponent: int = 191
     """Biased exponent of the highest ceiling, 2^64: roots are square roots of float32 numbers."""
+    reciprocal_seed: int = 0x7EF32400
+    reciprocal_first: float = float.fromhex("0x1.002a9ap1")
+    """2.0013: centres the error of the first Newton step, 0.0013 either way."""
+    reciprocal_second: float = float.fromhex("0x1.000008p1")
+    """2.000001: centres that of the second, 1.1e-6 either way."""
     hash_fold: int = 0x9E3779B9
     hash_multipliers: tuple[int, int] = (0x7FEB352D, 0x846CA68B)
     hash_shifts: tuple[int, int, int] = (16, 15, 16)
@@ -73,6 +83,12 @@ class BlockFormat:
 FORMAT = BlockFormat()
 
 _INFINITY_BITS = 0x7F800000
+
+SMALLEST_NORMAL = 2.0**-126
+LARGEST_ROOT = 2.0**64
+"""No square root of a float32 reaches it: what stands for a root that is not finite."""
+LARGEST_MOMENT = 2.0**100
+"""Beyond every ratio to a root; a first moment reaches it only where the second overflows."""
 
 MAX_RATIO = FORMAT.ratio_limit / (FORMAT.ratio_scale - FORMAT.ratio_limit)
 """Largest |m / root| that a code stands for: 127 / 16."""
@@ -121,7 +137,7 @@ class Dither:
 
     Modulo 2^32, ``key = mix32(block ^ mix32(seed))`` and ``w = key + lane * moment_lane + step * moment_step``; for
     16-bit parameters ``w' = mix32(key ^ update_key) + lane * update_lane + step * update_step``. The threshold of a
-    root is ``(w >> 8) * 2^-24``, that of a ratio ``((w & 0xFFFF) + 0.5) * 2^-16``, and a parameter gets ``w' >> 16``.
+    root is ``(w >> 9) * 2^-23``, that of a ratio ``((w ^ 0x8000) & 0xFFFF) * 2^-16``, and a parameter gets ``w' >> 16``.
 
     Args:
         tile: the blocks (their ordinals count from the start of the parameter).
@@ -145,12 +161,14 @@ class Dither:
     def moment_thresholds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Thresholds of the roots and of the ratios, and whether it is a block's turn to round small ratios to nearest.
 
+        They come with the offset that the codes need anyway, as which their bits are put together without arithmetic.
+
         Returns:
-            float32 ``(n_blocks, width)`` in [0, 1), the same in (0, 1), and bool ``(n_blocks, 1)``.
+            float32 ``(n_blocks, width)``, 1 + [0, 1) and 128 + [0, 1), and bool ``(n_blocks, 1)``.
         """
         words = self._words(self.key, FORMAT.moment_lane, FORMAT.moment_step)
-        root = (words >> 8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
-        ratio = words.bitwise_and_(0xFFFF).to(torch.float32).add_(0.5).mul_(2.0**-16)
+        root = (words >> 9).bitwise_and_(0x7FFFFF).bitwise_or_(0x3F800000).view(torch.float32)
+        ratio = words.bitwise_and_(0xFFFF).bitwise_xor_(0x43008000).view(torch.float32)
         return root, ratio, (((self.block + self.step) & 1) == 0)[:, None]
 
     def update_words(self) -> Tensor:
@@ -184,63 +202,83 @@ def block_grid(root: Tensor) -> Grid:
 
 
 def _grid_bits(grid: Grid) -> tuple[Tensor, Tensor]:
-    """Floor as int32 float bits, and span (one octave or more) in the same unit as float32; both ``(n_blocks, 1)``."""
-    floor = grid.floor.to(torch.int32)[:, None] << FORMAT.mantissa_bits
-    span = (grid.span.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits).to(torch.float32)
-    return floor, span
+    """Bits of the floor, and bits from one code to the next; both int32 ``(n_blocks, 1)``.
+
+    A block of zeros (floor 0, span 0) counts as one octave from 2^-126 on: no code but 0 may decode to zero.
+    """
+    floor = grid.floor.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits
+    span = grid.span.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits
+    return floor, torch.div(span, FORMAT.root_intervals, rounding_mode="floor")
 
 
 def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
     """Roots, float32 ``(n_blocks, width)``, to uint8 codes: 0 for zero, else 1 .. 255; not finite takes the ceiling.
 
     With ``fl`` for one rounding to float32 (nearest, ties to even), ``bits`` the root's bits without their sign, and
-    a span of at least one octave:
-    ``code = 1 + min(254, floor(fl(fl(fl(max(bits - (floor << 23), 0)) * fl(254 / fl(span << 23))) + threshold)))``.
+    ``per_code = (span << 23) // 254``, an exact float:
+    ``code = min(255, trunc(fl(fl(fl(max(bits - (floor << 23), 0)) * fl(1 / per_code)) + threshold)))``, where the
+    threshold lies in [1, 2).
     """
-    floor, span = _grid_bits(grid)
+    floor, per_code = _grid_bits(grid)
     bits = root.view(torch.int32) & 0x7FFFFFFF
     # Tensor by tensor: torch computes a number divided by a tensor as a product with the rounded reciprocal.
-    codes_per_bit = torch.full_like(span, FORMAT.root_intervals) / span
+    codes_per_bit = torch.ones_like(root[:, :1]) / per_code.to(torch.float32)
     above = (bits - floor).clamp_(min=0).to(torch.float32)
-    code = above.mul_(codes_per_bit).add_(threshold).floor_().clamp_(max=FORMAT.root_intervals).add_(1)
+    code = above.mul_(codes_per_bit).add_(threshold).floor_().clamp_(max=FORMAT.root_intervals + 1)
     return code.mul_(bits.clamp_(max=1)).to(torch.uint8)
 
 
 def decode_root(code: Tensor, grid: Grid) -> Tensor:
     """uint8 codes ``(n_blocks, width)`` to float32 roots: the points of the grid, positive for every code but 0.
 
-    ``bits = max((floor << 23) + trunc(fl((code - 1) * fl(fl(span << 23) / 254))), 1 << 23)``; code 0 is 0.0.
+    ``bits = (floor << 23) + (code - 1) * per_code``; code 0 is 0.0. The highest point lies below the ceiling by
+    4 * span bits, so that its square is finite also where the ceiling is 2^64.
     """
-    floor, span = _grid_bits(grid)
-    bits_per_code = span / torch.full_like(span, FORMAT.root_intervals)
-    level = code.to(torch.float32)
-    above = (level - 1).mul_(bits_per_code).to(torch.int32)
-    # A block of zeros has floor 0, whose first code would be the float 0.0; no code but 0 may decode to it.
-    root = (above + floor).clamp_(min=1 << FORMAT.mantissa_bits).view(torch.float32)
-    return root.mul_(level.clamp_(max=1))
+    floor, per_code = _grid_bits(grid)
+    level = code.to(torch.int32)
+    return (level * per_code).add_(floor - per_code).mul_(level.clamp_(max=1)).view(torch.float32)
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """``1 / x`` to 1.1e-6, for float32 from 2^-126 to 2^125: two Newton steps from an integer seed.
+
+    With the seed ``s = float(reciprocal_seed - bits(x))``, which mirrors the exponent and is off by up to 5.1%:
+    ``s' = fl(s * fl(reciprocal_first - fl(x * s)))``, and the same again with ``reciprocal_second``.
+    """
+    estimate = (FORMAT.reciprocal_seed - x.view(torch.int32)).view(torch.float32)
+    for constant in (FORMAT.reciprocal_first, FORMAT.reciprocal_second):
+        estimate = estimate * (x * estimate).neg_().add_(constant)
+    return estimate
 
 
 def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tensor) -> Tensor:
-    """First moments, float32 ``(n_blocks, width)``, to int8 codes relative to the decoded roots.
+    """First moments, float32 ``(n_blocks, width)``, to int8 codes relative to the roots before their rounding.
 
     ``nearest``: bool ``(n_blocks, 1)``, where ratios up to ``ratio_always_dithered`` are rounded to nearest instead.
-    An exact zero has code 0, and so has a moment that is not finite.
+    An exact zero has code 0, and so has a moment that is NaN.
 
-    ``y = fl(fl(m / fl(root + |m|)) * 143)``; the threshold becomes 0.5 where ``nearest`` and ``|y| <= 96``;
-    ``code = clamp(floor(fl(y + threshold)), -127, 127)``. Where g^2 underflows, root is 0 beside m: the code is then
-    -127, 0 or 127, and all of them decode to 0.
+    ``y = fl(fl(m * reciprocal(fl(max(root, 2^-126) + |m|))) * 143)``; the threshold, in [128, 129), becomes 128.5
+    where ``nearest`` and ``|y| <= 96``; ``code = clamp(trunc(fl(y + threshold)) - 128, -127, 127)``. A root that is
+    not finite counts as 2^64, above which there is none, and an infinite moment as 2^100. Where g^2 underflows, root
+    is 0 beside m: whatever the code is then, it decodes to 0.
     """
-    code = torch.div(exp_avg, total := exp_avg.abs().add_(root), out=total).nan_to_num_(0.0).mul_(FORMAT.ratio_scale)
-    # Where a block is to round small ratios to nearest, the threshold is 0.5. The selection is spelled as arithmetic,
-    # which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.
+    root = root.nan_to_num(LARGEST_ROOT, posinf=LARGEST_ROOT)
+    exp_avg = exp_avg.nan_to_num(0.0).clamp_(-LARGEST_MOMENT, LARGEST_MOMENT)
+    total = root.clamp_(min=SMALLEST_NORMAL).add_(exp_avg.abs())
+    code = (exp_avg * reciprocal(total)).mul_(FORMAT.ratio_scale)
+    # Where a block is to round small ratios to nearest, the threshold is 128.5. The selection is spelled as
+    # arithmetic, which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.
     dithered = code.abs().sub_(FORMAT.ratio_always_dithered).mul_(2.0**40).clamp_(0, 1)
     dithered = dithered.add_((~nearest).to(torch.float32)).clamp_(max=1)
-    code = dithered.mul_(threshold - 0.5).add_(0.5).add_(code).floor_()
+    code = dithered.mul_(threshold - 128.5).add_(128.5).add_(code).floor_().sub_(128.0)
     return code.clamp_(-FORMAT.ratio_limit, FORMAT.ratio_limit).to(torch.int8)
 
 
 def decode_ratio(code: Tensor, root: Tensor) -> Tensor:
-    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments: ``fl(fl(q / (143 - |q|)) * root)``."""
+    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments.
+
+    ``fl(fl(q / (143 - |q|)) * root)``.
+    """
     code = code.to(torch.float32)
     return code.div_(FORMAT.ratio_scale - code.abs()).mul_(root)
 
@@ -256,7 +294,7 @@ def encode(exp_avg: Tensor, root: Tensor, dither: Dither) -> Codes:
     root_threshold, ratio_threshold, nearest = dither.moment_thresholds()
     grid = block_grid(root)
     root_code = encode_root(root, grid, root_threshold)
-    exp_avg_code = encode_ratio(exp_avg, decode_root(root_code, grid), ratio_threshold, nearest)
+    exp_avg_code = encode_ratio(exp_avg, root, ratio_threshold, nearest)
     return Codes(exp_avg_code, root_code, grid)
 
 

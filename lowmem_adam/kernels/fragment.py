@@ -59,14 +59,15 @@ class StepScalars:
     beta1: float
     beta2: float
     eps: float
+    """Added to sqrt(v), so times the bias correction of that: ``eps * sqrt(1 - beta2**step)``."""
     weight_decay: float
     """Coefficient of L2 decay, added to the gradient; 0 where the decay is decoupled."""
     shrink: float
     """Factor of decoupled decay on the parameter, ``1 - lr * weight_decay``; 1 where there is none."""
     step_size: float
-    """``lr / (1 - beta1**step)``."""
-    root_scale: float
-    """``1 / sqrt(1 - beta2**step)``, which turns sqrt(v) into the bias-corrected one."""
+    """``lr * sqrt(1 - beta2**step) / (1 - beta1**step)``: both bias corrections."""
+    grad_scale: float
+    """Factor of the gradient; 1 where there is none."""
     maximize: bool
     stochastic: bool
     """Round a 16-bit parameter stochastically rather than to nearest."""
@@ -89,17 +90,19 @@ class StepScalars:
         low_precision_update: str,
         nonfinite: str,
         seed: int,
+        grad_scale: float = 1.0,
     ) -> StepScalars:
         """The record of step number ``step`` (the first is 1) from a param group's settings."""
         beta1, beta2 = betas
+        root_correction = math.sqrt(1.0 - beta2**step)
         return cls(
             beta1=beta1,
             beta2=beta2,
-            eps=eps,
+            eps=eps * root_correction,
             weight_decay=0.0 if decoupled else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
-            step_size=lr / (1.0 - beta1**step),
-            root_scale=1.0 / math.sqrt(1.0 - beta2**step),
+            step_size=lr * root_correction / (1.0 - beta1**step),
+            grad_scale=grad_scale,
             maximize=maximize,
             stochastic=low_precision_update == "stochastic",
             skip_nonfinite=nonfinite == "skip",

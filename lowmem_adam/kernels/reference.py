@@ -4,7 +4,8 @@ Each operation is one torch call that rounds once. Compound calls (``addcmul``, 
 torch 2.13.0 on AVX-512 fuses their multiply-adds, which it cannot where a processor has none, and kernels must agree
 in every bit. Work goes tile by tile, so that no temporary exceeds a few MiB however large the parameter.
 
-Source: Kingma & Ba 2015 (arXiv 1412.6980), Algorithm 1; decoupled decay of Loshchilov & Hutter 2019
+Source: Kingma & Ba 2015 (arXiv 1412.6980), Algorithm 1 in the order of computation that ends its section 2, with both bias
+corrections in the step size: one operation an element less, and eps keeps its meaning; decoupled decay of Loshchilov & Hutter 2019
 (arXiv 1711.05101), Algorithm 2, in torch's order (decay first).
 """
 
@@ -21,8 +22,6 @@ from lowmem_adam.layout import BLOCK_SIZE, Tile
 TILE_ELEMENTS = 65536
 """Elements worked on at once, 256 KiB a temporary: half of it took a third more time in calls (2 MiB of L2 cache, one
 thread), twice as much at most a fifth less, for temporaries of twice the size."""
-
-SMALLEST_NORMAL = 2.0**-126
 
 
 def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
@@ -44,7 +43,7 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
         gradient = _to_blocks(grad.read(low, high).to(torch.float32), tile)
         weight = _to_blocks(param.read(low, high).to(torch.float32), tile)
         exp_avg, exp_avg_sq = _load_moments(fragment.moments, tile, low, high, blocks)
-        keep = _blocks_to_keep(gradient) if scalars.skip_nonfinite else None
+        keep = _blocks_to_keep(gradient * scalars.grad_scale) if scalars.skip_nonfinite else None
         new_weight, new_exp_avg, new_exp_avg_sq, root = _adam(weight, gradient, exp_avg, exp_avg_sq, scalars)
 
         stored = _round_weight(new_weight, fragment.param.dtype, dither, scalars.stochastic)
@@ -64,19 +63,19 @@ def _adam(
     weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """New weight, moments and root of the second moment; all float32 ``(n_blocks, width)``, inputs unchanged."""
-    if s.maximize:
-        gradient = -gradient
+    if s.grad_scale != 1.0 or s.maximize:
+        gradient = gradient * (-s.grad_scale if s.maximize else s.grad_scale)
     if s.weight_decay != 0.0:
         gradient = gradient + weight * s.weight_decay
     new_exp_avg = (exp_avg * s.beta1).add_(gradient * (1.0 - s.beta1))
     new_exp_avg_sq = (exp_avg_sq * s.beta2).add_((gradient * (1.0 - s.beta2)).mul_(gradient))
     root = exact_sqrt(new_exp_avg_sq)
-    denominator = (root * s.root_scale).add_(s.eps)
-    update = new_exp_avg / denominator
-    if s.eps < SMALLEST_NORMAL:
+    denominator = root + s.eps
+    update = (new_exp_avg * s.step_size).div_(denominator)
+    if s.eps < codec.SMALLEST_NORMAL:
         # eps vanishes in float32: an element that never had a gradient would be 0 / 0. It does not move.
         update.masked_fill_(denominator == 0, 0.0)
-    new_weight = (weight * s.shrink).sub_(update.mul_(s.step_size))
+    new_weight = (weight * s.shrink).sub_(update)
     return new_weight, new_exp_avg, new_exp_avg_sq, root
 
 

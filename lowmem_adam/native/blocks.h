@@ -1,0 +1,235 @@
+// From a fragment to its blocks: where each lies, what of it has to be copied to whole vectors first, and on which path
+// it goes. Compiled by each instruction set (isa_*.cpp), like step.h.
+#ifndef LOWMEM_ADAM_BLOCKS_H
+#define LOWMEM_ADAM_BLOCKS_H
+
+#include "step.h"
+
+namespace {
+
+// Memory offsets of consecutive elements of a tensor that is not contiguous.
+class Walk {
+   public:
+    Walk(const lowmem_adam_tensor &t, int64_t index) : tensor_(t), offset_(0) {
+        for (int d = t.dims - 1; d >= 0; --d) {
+            at_[d] = index % t.sizes[d];
+            index /= t.sizes[d];
+            offset_ += at_[d] * t.strides[d];
+        }
+    }
+    int64_t next() {
+        const int64_t here = offset_;
+        for (int d = tensor_.dims - 1; d >= 0; --d) {
+            offset_ += tensor_.strides[d];
+            if (++at_[d] < tensor_.sizes[d]) break;
+            offset_ -= at_[d] * tensor_.strides[d];
+            at_[d] = 0;
+        }
+        return here;
+    }
+
+   private:
+    const lowmem_adam_tensor &tensor_;
+    int64_t at_[LOWMEM_ADAM_MAX_DIMS];
+    int64_t offset_;
+};
+
+template <class T>
+inline void copy_in(T *to, const lowmem_adam_tensor &from, int64_t start, int n, int count) {
+    const T *data = static_cast<const T *>(from.data);
+    if (from.dims == 0) {
+        __builtin_memcpy(to, data + start, static_cast<size_t>(n) * sizeof(T));
+    } else {
+        Walk walk(from, start);
+        for (int i = 0; i < n; ++i) to[i] = data[walk.next()];
+    }
+    __builtin_memset(to + n, 0, static_cast<size_t>(count - n) * sizeof(T));
+}
+
+template <class T>
+inline void copy_out(const lowmem_adam_tensor &to, const T *from, int64_t start, int n) {
+    T *data = static_cast<T *>(to.data);
+    if (to.dims == 0) {
+        __builtin_memcpy(data + start, from, static_cast<size_t>(n) * sizeof(T));
+    } else {
+        Walk walk(to, start);
+        for (int i = 0; i < n; ++i) data[walk.next()] = from[i];
+    }
+}
+
+// Room for one block: short ones, and those of tensors that are not contiguous, are stepped here.
+template <class P, class G, class M1, class M2>
+struct Stage {
+    alignas(64) typename P::Stored param[kBlockSize];
+    alignas(64) typename G::Stored grad[kBlockSize];
+    alignas(64) M1 exp_avg[kBlockSize];
+    alignas(64) M2 exp_avg_sq[kBlockSize];
+};
+
+// Steps the blocks [first, end) of one fragment.
+template <class V, class P, class G, class M1, class M2, bool stochastic>
+class BlockLoop {
+    static constexpr bool kCoded = sizeof(M1) == 1;
+    static constexpr int kQuad = 4 * V::kLanes;
+
+   public:
+    BlockLoop(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s)
+        : f_(f), s_(s), h_(s), scale_(s.grad_scale < 0 ? -s.grad_scale : s.grad_scale),
+          careful_(s.eps < kSmallestNormal || s.weight_decay != 0.0f),
+          direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + kBlockSize - 1) / kBlockSize),
+          origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * kBlockSize) {}
+
+    int64_t run(int64_t first, int64_t end) {
+        if (careful_) {
+            run_on<Path::careful>(first, end);
+        } else if (s_.grad_scale != 1.0f) {
+            run_on<Path::scaled>(first, end);
+        } else {
+            run_on<Path::plain>(first, end);
+        }
+        return skipped_;
+    }
+
+   private:
+    using Block = BlockData<P, G>;
+
+    Block block_at(int64_t b, int64_t start) const {
+        Block block;
+        block.count = kBlockSize;
+        block.param = static_cast<typename P::Stored *>(f_.param.data) + start;
+        block.grad = static_cast<const typename G::Stored *>(f_.grad.data) + start;
+        block.exp_avg = static_cast<M1 *>(f_.exp_avg) + start;
+        block.exp_avg_sq = static_cast<M2 *>(f_.exp_avg_sq) + start;
+        block.floor = kCoded ? f_.block_floor + (b - f_.first_block) : nullptr;
+        block.span = kCoded ? f_.block_span + (b - f_.first_block) : nullptr;
+        return block;
+    }
+
+    template <Path path>
+    LOWMEM_ADAM_INLINE void run_on(int64_t first, int64_t end) {
+        int64_t row = first / per_row_, within = first % per_row_ * kBlockSize;
+        for (int64_t b = first; b < end; ++b) {
+            const int64_t start = row * f_.cols + within - origin_;
+            const int64_t left = f_.cols - within;
+            if (direct_ && left >= kBlockSize) {
+                step<path>(block_at(b, start), b);
+            } else {
+                step_staged<path>(b, start, static_cast<int>(left < kBlockSize ? left : kBlockSize));
+            }
+            within += kBlockSize;
+            if (within >= f_.cols) {
+                within = 0;
+                ++row;
+            }
+        }
+        flush();
+    }
+
+    // A short block, or one of a tensor that is not contiguous, by way of copies.
+    template <Path path>
+    __attribute__((noinline)) void step_staged(int64_t b, int64_t start, int n) {
+        flush();
+        Stage<P, G, M1, M2> stage;
+        Block block = block_at(b, start);
+        M1 *exp_avg = static_cast<M1 *>(block.exp_avg);
+        M2 *exp_avg_sq = static_cast<M2 *>(block.exp_avg_sq);
+        const size_t length = static_cast<size_t>(n);
+        block.count = (n + kQuad - 1) / kQuad * kQuad;
+        copy_in(stage.param, f_.param, start, n, block.count);
+        copy_in(stage.grad, f_.grad, start, n, block.count);
+        __builtin_memset(stage.exp_avg, 0, sizeof stage.exp_avg);
+        __builtin_memset(stage.exp_avg_sq, 0, sizeof stage.exp_avg_sq);
+        __builtin_memcpy(stage.exp_avg, exp_avg, length * sizeof(M1));
+        __builtin_memcpy(stage.exp_avg_sq, exp_avg_sq, length * sizeof(M2));
+        block.param = stage.param;
+        block.grad = stage.grad;
+        block.exp_avg = stage.exp_avg;
+        block.exp_avg_sq = stage.exp_avg_sq;
+        step<path>(block, b);
+        flush();
+        copy_out(f_.param, stage.param, start, n);
+        __builtin_memcpy(exp_avg, stage.exp_avg, length * sizeof(M1));
+        __builtin_memcpy(exp_avg_sq, stage.exp_avg_sq, length * sizeof(M2));
+    }
+
+    template <Path path>
+    LOWMEM_ADAM_INLINE void step(const Block &block, int64_t b) {
+        const BlockDither dither(s_, b, stochastic);
+        if (kCoded && path != Path::careful) {
+            // A staged block is not whole, and never has one pending before it.
+            Pending *before = pending_, &current = rooms_[before == &rooms_[0]];
+            const bool stepped = coded_block<V, P, G, path, stochastic>(h_, block, dither, before, current);
+            pending_ = stepped ? &current : nullptr;
+            pending_count_ = block.count;
+            if (!stepped) step_checked<path>(block, dither);
+        } else {
+            step_checked<path>(block, dither);
+        }
+    }
+
+    // Looks at the gradient first.
+    template <Path path>
+    __attribute__((noinline)) void step_checked(const Block &block, const BlockDither &dither) {
+        const float largest_grad = largest<V>(G{}, block.grad, block.count) * scale_;
+        const bool finite = largest_grad < __builtin_inff();
+        if (s_.skip_nonfinite && !finite) {
+            ++skipped_;
+        } else if (kCoded) {
+            careful_block<V, P, G, stochastic>(h_, block, dither);
+        } else if (finite) {
+            full_block<V, P, G, path, stochastic>(h_, block, dither);
+        } else {
+            full_block<V, P, G, Path::careful, stochastic>(h_, block, dither);
+        }
+    }
+
+    void flush() {
+        if (pending_) encode_roots<V>(*pending_, pending_count_);
+        pending_ = nullptr;
+    }
+
+    const lowmem_adam_fragment &f_;
+    const lowmem_adam_scalars &s_;
+    const Hyper<V> h_;
+    const float scale_;
+    const bool careful_;  // on every block
+    const bool direct_;
+    const int64_t per_row_;
+    const int64_t origin_;  // of the fragment, in elements of the parameter
+    int64_t skipped_ = 0;
+    Pending rooms_[2];
+    Pending *pending_ = nullptr;
+    int pending_count_ = 0;
+};
+
+template <class V, class P, class G, bool stochastic>
+int64_t with_moments(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
+    if (f.block_floor) return BlockLoop<V, P, G, int8_t, uint8_t, stochastic>(f, s).run(first, end);
+    return BlockLoop<V, P, G, float, float, stochastic>(f, s).run(first, end);
+}
+
+template <class V, class P>
+int64_t with_grad(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
+    if (f.grad.dtype == LOWMEM_ADAM_FLOAT32) {
+        return s.stochastic ? with_moments<V, P, Float32, true>(f, s, first, end)
+                            : with_moments<V, P, Float32, false>(f, s, first, end);
+    }
+    return s.stochastic ? with_moments<V, P, P, true>(f, s, first, end)
+                        : with_moments<V, P, P, false>(f, s, first, end);
+}
+
+template <class V>
+int64_t step_blocks_of(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
+    switch (f.param.dtype) {
+        case LOWMEM_ADAM_BFLOAT16:
+            return with_grad<V, BFloat16>(f, s, first, end);
+        case LOWMEM_ADAM_FLOAT16:
+            return with_grad<V, Float16>(f, s, first, end);
+        default:
+            return with_moments<V, Float32, Float32, false>(f, s, first, end);
+    }
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,139 @@
+// Eight lanes of AVX2, with F16C for float16. FMA may be there and is not used: every operation rounds once.
+#ifndef LOWMEM_ADAM_VEC_AVX2_H
+#define LOWMEM_ADAM_VEC_AVX2_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Avx2 {
+    static constexpr int kLanes = 8;
+    using F = __m256;
+    using I = __m256i;
+    using M = __m256;  // all bits of a lane set, or none
+
+    static F set(float x) { return _mm256_set1_ps(x); }
+    static I seti(int32_t x) { return _mm256_set1_epi32(x); }
+
+    static F load(const float *p) { return _mm256_loadu_ps(p); }
+    static I loadi(const int32_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+    static void store(float *p, F x) { _mm256_storeu_ps(p, x); }
+
+    static F bits_to_float(I x) { return _mm256_castsi256_ps(x); }
+    static I float_to_bits(F x) { return _mm256_castps_si256(x); }
+    static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+    static I truncate(F x) { return _mm256_cvttps_epi32(x); }
+
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+    static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(seti(0x7FFFFFFF))); }
+    // Where a is NaN the result is b.
+    static F min(F a, F b) { return _mm256_min_ps(a, b); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F copy_sign(F magnitude, F sign) {
+        const F mask = _mm256_castsi256_ps(seti(INT32_MIN));
+        return _mm256_or_ps(_mm256_andnot_ps(mask, magnitude), _mm256_and_ps(mask, sign));
+    }
+
+    static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I muli(I a, I b) { return _mm256_mullo_epi32(a, b); }
+    static I andi(I a, I b) { return _mm256_and_si256(a, b); }
+    static I ori(I a, I b) { return _mm256_or_si256(a, b); }
+    static I and_xor(I a, I b, I c) { return _mm256_xor_si256(andi(a, b), c); }
+    static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+    static I min_unsigned(I a, I b) { return _mm256_min_epu32(a, b); }
+    template <int n>
+    static I shift_right(I a) { return _mm256_srli_epi32(a, n); }
+    // x where code > 0, 0 where code is 0; code is never negative.
+    static I where_positive(I code, I x) { return _mm256_sign_epi32(x, code); }
+
+    static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+    static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+    static M is_nan(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+    static I where(M mask, I x) { return andi(_mm256_castps_si256(mask), x); }
+    static F select(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
+
+    static uint32_t reduce_max_unsigned(I x) {
+        __m128i y = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        y = _mm_max_epu32(y, _mm_shuffle_epi32(y, 0x4E));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(y, _mm_shuffle_epi32(y, 0xB1))));
+    }
+    static uint32_t reduce_min_unsigned(I x) {
+        __m128i y = _mm_min_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        y = _mm_min_epu32(y, _mm_shuffle_epi32(y, 0x4E));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_min_epu32(y, _mm_shuffle_epi32(y, 0xB1))));
+    }
+
+    // Unsigned codes as integers, signed ones times 2^24.
+    static void load_codes(const uint8_t *p, I (&x)[4]) { spread(p, seti(static_cast<int32_t>(0x80808000u)), 1, x); }
+    static void load_codes(const int8_t *p, I (&x)[4]) { spread(p, seti(0x00808080), 1 << 24, x); }
+    static void store_codes(uint8_t *p, const I (&x)[4]) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), saturated_bytes(x));
+    }
+    static void store_codes(int8_t *p, const I (&x)[4]) {
+        const I bytes = _mm256_max_epu8(saturated_bytes(x), _mm256_set1_epi8(1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+    }
+
+    static F load_bfloat16(const uint16_t *p) {
+        // Each to the upper half of a lane; cheaper than a conversion to 32 bits and a shift.
+        const I both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+        const I index = muli(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), seti(0x02020000));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, addi(index, seti(0x01008080))));
+    }
+    // The lower halves of the lanes.
+    static void store_halves(uint16_t *p, const I (&x)[4]) {
+        store_pair(p, x[0], x[1]);
+        store_pair(p + 16, x[2], x[3]);
+    }
+    static F load_float16(const uint16_t *p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static void store_float16(uint16_t *p, const F (&x)[4]) {
+        for (int u = 0; u < 4; ++u) {
+            const __m128i y = _mm256_cvtps_ph(x[u], _MM_FROUND_TO_NEAREST_INT);
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8 * u), y);
+        }
+    }
+
+    // The largest of 16-bit integers without their sign bits, over a whole block.
+    static uint32_t max_halves(const uint16_t *p, int n) {
+        I top = _mm256_setzero_si256();
+        const I mask = _mm256_set1_epi16(0x7FFF);
+        for (int i = 0; i < n; i += 16) {
+            const I x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + i));
+            top = _mm256_max_epi16(top, _mm256_and_si256(x, mask));
+        }
+        return reduce_max_unsigned(max_unsigned(andi(top, seti(0xFFFF)), shift_right<16>(top)));
+    }
+
+   private:
+    // Each byte to a lane of its own, zeros where a shuffle's index has its sign bit. A shuffle stays within 128 bits,
+    // so both halves get all 16 bytes; it costs half of the conversion made for this.
+    static void spread(const void *p, I zeros, int32_t place, I (&x)[4]) {
+        const __m128i *bytes = static_cast<const __m128i *>(p);
+        const I first = muli(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), seti(place));
+        const I second = muli(_mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15), seti(place));
+        for (int half = 0; half < 2; ++half) {
+            const I both = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes + half));
+            x[2 * half] = _mm256_shuffle_epi8(both, ori(zeros, first));
+            x[2 * half + 1] = _mm256_shuffle_epi8(both, ori(zeros, second));
+        }
+    }
+    static I saturated_bytes(const I (&x)[4]) {
+        const I mixed = _mm256_packus_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+        return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    static void store_pair(uint16_t *p, I a, I b) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8));
+    }
+};
+
+}  // namespace
+
+#endif
