@@ -23,8 +23,8 @@ scales inside one block lie decades apart. So, for a block of at most 128 elemen
   half a code / (1 - beta1) off (updates 12% too large after 400 steps of a constant gradient), always dithering
   costs a third more error in one coding; taking turns keeps the fixed point exact at half of that cost.
 
-The quotient ``m / (root + |m|)`` is a product with ``reciprocal``, a few integer and float operations that round alike on
-every machine: there are divisions enough in a step for it to wait for.
+The quotient ``m / (root + |m|)`` is a product with ``reciprocal``, a few integer and float operations that round alike
+on every machine: there are divisions enough in a step for it to wait for.
 
 Moments on disk, kernels on other devices and tests all read ``FORMAT``; changing any number in it is a new version.
 
@@ -137,7 +137,8 @@ class Dither:
 
     Modulo 2^32, ``key = mix32(block ^ mix32(seed))`` and ``w = key + lane * moment_lane + step * moment_step``; for
     16-bit parameters ``w' = mix32(key ^ update_key) + lane * update_lane + step * update_step``. The threshold of a
-    root is ``(w >> 9) * 2^-23``, that of a ratio ``((w ^ 0x8000) & 0xFFFF) * 2^-16``, and a parameter gets ``w' >> 16``.
+    root is ``(w >> 9) * 2^-23``, that of a ratio ``((w ^ 0x8000) & 0xFFFF) * 2^-16``, and a parameter gets
+    ``w' >> 16``.
 
     Args:
         tile: the blocks (their ordinals count from the start of the parameter).
@@ -264,7 +265,7 @@ def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tens
     """
     root = root.nan_to_num(LARGEST_ROOT, posinf=LARGEST_ROOT)
     exp_avg = exp_avg.nan_to_num(0.0).clamp_(-LARGEST_MOMENT, LARGEST_MOMENT)
-    total = root.clamp_(min=SMALLEST_NORMAL).add_(exp_avg.abs())
+    total = exp_avg.abs().add_(root.clamp_(min=SMALLEST_NORMAL))
     code = (exp_avg * reciprocal(total)).mul_(FORMAT.ratio_scale)
     # Where a block is to round small ratios to nearest, the threshold is 128.5. The selection is spelled as
     # arithmetic, which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.

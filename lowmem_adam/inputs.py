@@ -73,6 +73,9 @@ def check_devices(state: Mapping[str, Tensor], param: Tensor, label: str) -> Non
             raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
 
 
-def is_finite(grad: Tensor) -> bool:
-    """Whether all elements are, without a temporary of the gradient's size."""
-    return grad.numel() == 0 or bool(torch.linalg.vector_norm(grad, float("inf")).isfinite())
+def is_finite(grad: Tensor, factor: float) -> bool:
+    """Whether all elements times a factor are, without a temporary of the gradient's size."""
+    if grad.numel() == 0:
+        return True
+    largest = torch.linalg.vector_norm(grad, float("inf"), dtype=torch.float32)
+    return bool((largest * factor).isfinite())

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowmem_adam import checkpoint, inputs, kernels, settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.kernels.fragment import Fragment, StepScalars
+from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
 from lowmem_adam.layout import Layout
 from lowmem_adam.state import check_state, memory_by_kind, moments_of, new_state
 
@@ -49,7 +49,8 @@ class Adam8bit(torch.optim.Optimizer):
 
     1. *check*: settings, gradients and state of all parameters; an error leaves everything unchanged;
     2. *state*: zero moments for parameters that get their first gradient;
-    3. *update*: each parameter in one pass: decode, Adam in fp32, encode; blocks with a non-finite gradient stay.
+    3. *update*: all parameters in one pass and one call: gradient factor, finite check, decode, Adam in fp32, encode;
+       blocks with a non-finite gradient stay.
 
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
     least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
@@ -70,11 +71,13 @@ class Adam8bit(torch.optim.Optimizer):
             error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
             first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
-        backend: ``None`` for the best there is, or ``"reference"``. It is the machine's: a load does not change it.
+        backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then, or
+            ``"reference"``. All give the same bits. It is the machine's: a load does not change it.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.
         TypeError: a keyword of another optimizer; the message says what to use instead.
+        RuntimeError: ``backend="cpu"``, and the native library cannot be loaded.
 
     Source: Kingma & Ba 2015 (arXiv 1412.6980).
     """
@@ -137,15 +140,16 @@ class Adam8bit(torch.optim.Optimizer):
             if group[name] != self.defaults[name]:
                 raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
         if not isinstance(params, set):
-            self._check_params([params] if isinstance(params, Tensor) else params, where)
+            self._check_params([params] if isinstance(params, Tensor) else params, group["backend"], where)
         super().add_param_group(settings.normalised(group))
 
-    def _check_params(self, params: list[Any], where: str) -> None:
+    def _check_params(self, params: list[Any], backend: str | None, where: str) -> None:
         seen = {id(p): f"param group {g}" for g, group in enumerate(self.param_groups) for p in group["params"]}
         for index, entry in enumerate(params):
             name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
             label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
             inputs.check_param(param, label)
+            kernels.choose(backend, param.device)
             if id(param) in seen:
                 raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
             seen[id(param)] = label
@@ -171,16 +175,52 @@ class Adam8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._checked_work()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return loss
+        work = self._checked_work(self._grad_factor())
         for item in work:
             if not self.state.get(item.param):
                 self.state[item.param] = new_state(item.param, item.group["moments"])
-        for item in work:
-            self._update(item)
+        self._update(work)
+        self._clip_coefficient = 1.0
         self._warn_of_skipped()
         return loss
 
-    def _checked_work(self) -> list[_Work]:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
+
+        Gradients stay as they are: the step multiplies them on the way, which saves a pass over them. Call it right
+        before ``step``; ``zero_grad`` takes it back. After a ``GradScaler``'s ``unscale_``.
+
+        Returns:
+            The norm before clipping, a scalar.
+
+        Raises:
+            ValueError: ``max_norm`` is not a number from 0.
+            RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
+        """
+        settings.check_max_norm(max_norm)
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * self._clip_coefficient
+        self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
+        self._clip_coefficient = 1.0
+        super().zero_grad(set_to_none)
+
+    def _grad_factor(self) -> float:
+        """What the step multiplies gradients by: clipping, and the inverse of an attribute ``grad_scale``.
+
+        ``grad_scale`` and ``found_inf`` are the attributes by which ``torch.amp.GradScaler`` and others drive
+        optimizers that unscale by themselves.
+        """
+        scale = getattr(self, "grad_scale", None)
+        return self._clip_coefficient if scale is None else self._clip_coefficient / float(scale)
+
+    def _checked_work(self, grad_factor: float) -> list[_Work]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
@@ -190,6 +230,7 @@ class Adam8bit(torch.optim.Optimizer):
         for group_index, group in enumerate(self.param_groups):
             settings.check_group(group, f"param group {group_index}")
             lr = float(group["lr"])
+            records: dict[int, StepScalars] = {}
             for param, label in _labelled_params(group, group_index):
                 if param.grad is None:
                     continue
@@ -200,28 +241,34 @@ class Adam8bit(torch.optim.Optimizer):
                 if state:
                     check_state(state, param.shape, group["moments"], label)
                     inputs.check_devices(state, param, label)
-                if group["nonfinite"] == "error" and not inputs.is_finite(param.grad):
-                    count = int((~param.grad.isfinite()).sum())
+                if group["nonfinite"] == "error" and not inputs.is_finite(param.grad, grad_factor):
+                    count = int((~(param.grad * grad_factor).isfinite()).sum())
                     raise ValueError(
                         f"{label}: {count} of {param.grad.numel()} gradient elements are not finite; accepted with "
                         'nonfinite="error": finite gradients'
                     )
                 step = int(state["step"]) + 1 if state else 1
-                work.append(_Work(param, param.grad, group, _scalars(group, lr, step, label)))
+                if step not in records:
+                    records[step] = _scalars(group, lr, step, grad_factor, label)
+                work.append(_Work(param, param.grad, group, records[step]))
         return work
 
     # What compilers make of the kernel may round differently. This is what torch.optim uses itself: unlike
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self, item: _Work) -> None:
-        param, state = item.param, self.state[item.param]
-        layout = Layout.of(param.shape)
-        fragment = Fragment(param.detach(), item.grad.detach(), moments_of(state), layout, 0, layout.n_blocks)
-        skipped = kernels.choose(item.group["backend"])(fragment, item.scalars)
-        state["step"].fill_(item.scalars.step)
-        if item.scalars.skip_nonfinite:
-            device = skipped.device
+    def _update(self, work: list[_Work]) -> None:
+        calls: dict[tuple[str, torch.device], list[Work]] = {}
+        for item in work:
+            param, layout = item.param.detach(), Layout.of(item.param.shape)
+            moments = moments_of(self.state[item.param])
+            fragment = Fragment(param, item.grad.detach(), moments, layout, 0, layout.n_blocks)
+            key = (kernels.choose(item.group["backend"], param.device), param.device)
+            calls.setdefault(key, []).append((fragment, item.scalars))
+        for (backend, device), fragments in calls.items():
+            skipped = kernels.BACKENDS[backend](fragments)
             self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
+        for item in work:
+            self.state[item.param]["step"].fill_(item.scalars.step)
 
     # ---------------------------------------------------------------- what happened, and what is held
 
@@ -256,6 +303,7 @@ class Adam8bit(torch.optim.Optimizer):
     def _reset_counters(self) -> None:
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned = False
+        self._clip_coefficient = 1.0
 
     def _warn_of_skipped(self) -> None:
         on_cpu = self._skipped.get(torch.device("cpu"))
@@ -343,7 +391,7 @@ def _labelled_params(group: dict[str, Any], group_index: int) -> Iterator[tuple[
         yield param, f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
 
 
-def _scalars(group: dict[str, Any], lr: float, step: int, label: str) -> StepScalars:
+def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, label: str) -> StepScalars:
     """The record of a parameter's next step.
 
     Raises:
@@ -360,6 +408,7 @@ def _scalars(group: dict[str, Any], lr: float, step: int, label: str) -> StepSca
         low_precision_update=group["low_precision_update"],
         nonfinite=group["nonfinite"],
         seed=group["seed"],
+        grad_scale=grad_factor,
     )
     if max(scalars.step_size, abs(scalars.shrink)) > settings.FLOAT32_MAX:
         raise ValueError(

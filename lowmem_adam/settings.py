@@ -16,14 +16,14 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "moments": ("8bit", "32bit"),
     "low_precision_update": ("nearest", "stochastic"),
     "nonfinite": ("skip", "error", "propagate"),
-    "backend": (None, "reference"),
+    "backend": (None, "cpu", "reference"),
     "maximize": (False, True),
 }
 
 LATER: dict[str, tuple[object, ...]] = {
     "moments": ("bnb8bit",),
     "low_precision_update": ("split", "fp32"),
-    "backend": ("cpu", "triton", "bitsandbytes"),
+    "backend": ("triton", "bitsandbytes"),
 }
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
 
@@ -45,8 +45,8 @@ INSTEAD: dict[str, str] = {
     "block_wise": "drop it: moments are always stored by blocks of 128",
     "block_size": "drop it: blocks always have 128 elements",
     "min_8bit_size": 'put parameters into a group with moments="32bit" to keep them in fp32',
-    "percentile_clipping": "clip with torch.nn.utils.clip_grad_norm_",
-    "max_unorm": "clip with torch.nn.utils.clip_grad_norm_",
+    "percentile_clipping": "clip with this optimizer's clip_grad_norm_",
+    "max_unorm": "clip with this optimizer's clip_grad_norm_",
     "skip_zeros": "drop it",
     "is_paged": "drop it: moments are not paged",
     "bf16_stochastic_round": 'low_precision_update="stochastic", which is the default',
@@ -122,6 +122,16 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     for name in group:
         if name in INSTEAD and name != "decoupled_weight_decay" and not _is_neutral(name, group[name]):
             raise TypeError(f"{where}: {name}={group[name]!r} is not a setting of this optimizer; {INSTEAD[name]}")
+
+
+def check_max_norm(value: object) -> None:
+    """Check the largest norm that gradients are to have.
+
+    Raises:
+        ValueError: no number, or one below 0 (infinity clips nothing).
+    """
+    if not _is_number(value) or not float(value) >= 0:  # type: ignore[arg-type]
+        raise ValueError(f"max_norm is {value!r}; accepted: numbers from 0, infinity included")
 
 
 def check_version(version: object, where: str) -> None:

@@ -1,23 +1,55 @@
 """Backends of the step, by name.
 
-A backend is a function ``adam_step_(fragment, scalars) -> skipped blocks``; all give the same bits as
-``reference.adam_step_``.
+A backend is a function ``step_(work) -> skipped blocks`` that steps many fragments in place; all give the same bits as
+``reference.adam_step_`` on one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import Fragment, StepScalars
+from lowmem_adam.kernels import cpu, reference
+from lowmem_adam.kernels.fragment import Work
 
-Kernel = Callable[[Fragment, StepScalars], Tensor]
+Backend = Callable[[Sequence[Work]], Tensor]
 
-BACKENDS: dict[str, Kernel] = {"reference": reference.adam_step_}
+BACKENDS: dict[str, Backend] = {"cpu": cpu.adam_step_, "reference": reference.adam_steps_}
 
 
-def choose(backend: str | None) -> Kernel:
-    """The kernel of a backend by name; ``None`` takes the best there is."""
-    return BACKENDS[backend or "reference"]
+def choose(backend: str | None, device: torch.device) -> str:
+    """The name of the backend for parameters on a device; ``None`` takes the best there is.
+
+    Raises:
+        LibraryError: ``"cpu"``, and the native library cannot be loaded.
+        ValueError: ``"cpu"`` for parameters elsewhere.
+    """
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f'backend is "cpu" for a parameter on {device}; accepted: parameters on the CPU')
+        cpu.load()
+    if backend is not None:
+        return backend
+    return "cpu" if device.type == "cpu" and _native_or_warning() else "reference"
+
+
+@functools.cache
+def _native_or_warning() -> bool:
+    """Whether the native library can be used; where it cannot, one warning says why, unless that was asked for."""
+    try:
+        cpu.load()
+    except cpu.LibraryError as error:
+        if os.environ.get("LOWMEM_ADAM_LIBRARY") != "none":
+            warnings.warn(
+                f"{error}; steps on the CPU take the reference backend, which is some fifty times slower. "
+                "Installing again with a C++ compiler builds it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
+    return True

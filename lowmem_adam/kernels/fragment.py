@@ -109,3 +109,7 @@ class StepScalars:
             step=step,
             seed=seed,
         )
+
+
+Work = tuple[Fragment, StepScalars]
+"""What a backend steps: a fragment and its hyperparameters."""

@@ -4,24 +4,32 @@ Each operation is one torch call that rounds once. Compound calls (``addcmul``, 
 torch 2.13.0 on AVX-512 fuses their multiply-adds, which it cannot where a processor has none, and kernels must agree
 in every bit. Work goes tile by tile, so that no temporary exceeds a few MiB however large the parameter.
 
-Source: Kingma & Ba 2015 (arXiv 1412.6980), Algorithm 1 in the order of computation that ends its section 2, with both bias
-corrections in the step size: one operation an element less, and eps keeps its meaning; decoupled decay of Loshchilov & Hutter 2019
-(arXiv 1711.05101), Algorithm 2, in torch's order (decay first).
+Source: Kingma & Ba 2015 (arXiv 1412.6980), Algorithm 1 in the order of computation that ends its section 2: both bias
+corrections in the step size and in eps, which keeps its meaning; it saves an operation an element. Decoupled decay of
+Loshchilov & Hutter 2019 (arXiv 1711.05101), Algorithm 2, in torch's order (decay first).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_adam import codec
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars, Work
 from lowmem_adam.layout import BLOCK_SIZE, Tile
 
 TILE_ELEMENTS = 65536
 """Elements worked on at once, 256 KiB a temporary: half of it took a third more time in calls (2 MiB of L2 cache, one
 thread), twice as much at most a fifth less, for temporaries of twice the size."""
+
+
+def adam_steps_(work: Sequence[Work]) -> Tensor:
+    """``adam_step_`` on many fragments; returns the sum of their skipped blocks, on the first one's device."""
+    counts = [adam_step_(fragment, scalars) for fragment, scalars in work]
+    return sum(counts[1:], start=counts[0]) if counts else torch.zeros((), dtype=torch.int64)
 
 
 def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:

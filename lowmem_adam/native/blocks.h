@@ -1,37 +1,41 @@
 // From a fragment to its blocks: where each lies, what of it has to be copied to whole vectors first, and on which path
-// it goes. Compiled by each instruction set (isa_*.cpp), like step.h.
+// it goes. Compiled by each instruction set (isa_*.cpp).
 #ifndef LOWMEM_ADAM_BLOCKS_H
 #define LOWMEM_ADAM_BLOCKS_H
 
-#include "step.h"
+#include <stddef.h>
+
+#include "coded.h"
 
 namespace {
 
 // Memory offsets of consecutive elements of a tensor that is not contiguous.
 class Walk {
    public:
-    Walk(const lowmem_adam_tensor &t, int64_t index) : tensor_(t), offset_(0) {
-        for (int d = t.dims - 1; d >= 0; --d) {
-            at_[d] = index % t.sizes[d];
-            index /= t.sizes[d];
-            offset_ += at_[d] * t.strides[d];
+    Walk(const lowmem_adam_tensor &t, int64_t index) : dims_(t.dims), sizes_(t.shape), strides_(t.shape + t.dims) {
+        for (int d = dims_ - 1; d >= 0; --d) {
+            at_[d] = index % sizes_[d];
+            index /= sizes_[d];
+            offset_ += at_[d] * strides_[d];
         }
     }
     int64_t next() {
         const int64_t here = offset_;
-        for (int d = tensor_.dims - 1; d >= 0; --d) {
-            offset_ += tensor_.strides[d];
-            if (++at_[d] < tensor_.sizes[d]) break;
-            offset_ -= at_[d] * tensor_.strides[d];
+        for (int d = dims_ - 1; d >= 0; --d) {
+            offset_ += strides_[d];
+            if (++at_[d] < sizes_[d]) break;
+            offset_ -= at_[d] * strides_[d];
             at_[d] = 0;
         }
         return here;
     }
 
    private:
-    const lowmem_adam_tensor &tensor_;
+    const int dims_;
+    const int64_t *sizes_;
+    const int64_t *strides_;
     int64_t at_[LOWMEM_ADAM_MAX_DIMS];
-    int64_t offset_;
+    int64_t offset_ = 0;
 };
 
 template <class T>

@@ -54,11 +54,11 @@ const int registered = pthread_atfork(nullptr, nullptr, note_fork);
 
 bool good_tensor(const lowmem_adam_tensor &t, int64_t numel) {
     if (t.dims == 0) return true;
-    if (t.dims < 0 || t.dims > LOWMEM_ADAM_MAX_DIMS) return false;
+    if (t.dims < 0 || t.dims > LOWMEM_ADAM_MAX_DIMS || !t.shape) return false;
     int64_t elements = 1;
     for (int d = 0; d < t.dims; ++d) {
-        if (t.sizes[d] < 1) return false;
-        elements *= t.sizes[d];
+        if (t.shape[d] < 1) return false;
+        elements *= t.shape[d];
     }
     return elements == numel;
 }

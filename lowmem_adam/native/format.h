@@ -12,6 +12,8 @@ namespace {
 constexpr int kBlockSize = 128;
 
 constexpr struct lowmem_adam_format kFormat = {
+    /*fragment_bytes*/ sizeof(struct lowmem_adam_fragment),
+    /*scalars_bytes*/ sizeof(struct lowmem_adam_scalars),
     /*version*/ 1,
     /*block_size*/ kBlockSize,
     /*root_intervals*/ 254,

@@ -20,7 +20,7 @@ extern "C" {
 
 #define LOWMEM_ADAM_ABI_VERSION 1
 
-/* Dimensions of a tensor that is not contiguous, after neighbours that run on in memory were merged. */
+/* The most dimensions of a tensor that is not contiguous, after neighbours that run on in memory were merged. */
 #define LOWMEM_ADAM_MAX_DIMS 8
 
 enum lowmem_adam_status {
@@ -47,13 +47,13 @@ enum lowmem_adam_isa {
     LOWMEM_ADAM_NEON = 3,
 };
 
-/* Elements in row-major order: one after the other where dims is 0, else by sizes and strides (in elements). */
+/* Elements in row-major order: one after the other where dims is 0, else by `dims` sizes and then as many strides, both
+ * in elements, the outermost dimension first. */
 struct lowmem_adam_tensor {
     void *data;
+    const int64_t *shape;
     int32_t dtype;
     int32_t dims;
-    int64_t sizes[LOWMEM_ADAM_MAX_DIMS];
-    int64_t strides[LOWMEM_ADAM_MAX_DIMS];
 };
 
 /* Blocks [first_block, end_block) of a parameter of `rows` rows of `cols` elements; all pointers begin at the first of
@@ -89,8 +89,11 @@ struct lowmem_adam_scalars {
     uint32_t step;      /* modulo 2^32: all that the dither depends on */
 };
 
-/* The constants of the format that this library was compiled with, for comparison with codec.FORMAT. */
+/* The constants of the format that this library was compiled with, for comparison with codec.FORMAT, and the sizes of
+ * the two structures above, for comparison with what kernels/cpu.py packs. */
 struct lowmem_adam_format {
+    int32_t fragment_bytes;
+    int32_t scalars_bytes;
     int32_t version;
     int32_t block_size;
     int32_t root_intervals;

@@ -1,0 +1,325 @@
+"""The native step: one call into a C library (``lowmem_adam/native``) for all fragments.
+
+The library knows nothing of torch, so this module is where dtypes, devices, contiguity and sizes are checked; the
+library checks once more what it can see. It is looked for beside this package, or where ``LOWMEM_ADAM_LIBRARY`` says
+(``none``: nowhere). ``LOWMEM_ADAM_ISA`` pins an instruction set: scalar, avx2, avx512, neon.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.codec import FORMAT, mix32
+from lowmem_adam.kernels import reference
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, StepScalars, Work
+
+ABI_VERSION = 1
+MAX_DIMS = 8
+ISAS = ("scalar", "avx2", "avx512", "neon")
+"""Instruction sets by the numbers that the library has for them."""
+
+_BEST = -1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORKED = 6
+_STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 5: "number of threads"}
+
+# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; rows, cols, first_block, end_block,
+# index of the scalars: struct lowmem_adam_fragment.
+_FRAGMENT = struct.Struct("QQii QQii QQQQ qqqqq")
+_SCALARS = struct.Struct("9f ii II")
+
+
+class LibraryError(RuntimeError):
+    """The native library is not there, cannot be loaded, or is not the one that belongs to this package."""
+
+
+class _Format(ctypes.Structure):
+    """``struct lowmem_adam_format``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("fragment_bytes", "scalars_bytes", "version", "block_size")),
+        *((name, ctypes.c_int32) for name in ("root_intervals", "max_octaves", "ratio_scale", "ratio_limit")),
+        ("ratio_always_dithered", ctypes.c_int32),
+        ("reciprocal_first", ctypes.c_float),
+        ("reciprocal_second", ctypes.c_float),
+        ("reciprocal_seed", ctypes.c_uint32),
+        ("hash_fold", ctypes.c_uint32),
+        ("hash_multipliers", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_uint32) for name in ("moment_step", "moment_lane", "update_step", "update_lane")),
+        ("update_key", ctypes.c_uint32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded library and the instruction set that its steps take."""
+
+    handle: ctypes.CDLL
+    path: Path
+    isa: int
+
+    def has_isa(self, name: str) -> bool:
+        """Whether it was built with an instruction set that this processor has."""
+        return bool(self.handle.lowmem_adam_has_isa(ISAS.index(name)))
+
+    @property
+    def isa_name(self) -> str:
+        """The instruction set in use."""
+        return ISAS[self.handle.lowmem_adam_best_isa() if self.isa == _BEST else self.isa]
+
+    @property
+    def openmp(self) -> str | None:
+        """The file of the OpenMP library whose threads are used; None where the library was built without."""
+        path = self.handle.lowmem_adam_openmp_library()
+        return None if path is None else os.fsdecode(path) or "unknown"
+
+
+@functools.cache
+def load() -> Library:
+    """The native library, loaded once.
+
+    Raises:
+        LibraryError: says where it was looked for and what is wrong.
+    """
+    path = _library_path()
+    try:
+        # After torch, whose OpenMP library this one then shares: two in one process would compete for the cores.
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"the native library cannot be loaded: {error}") from error
+    library = Library(_declared(handle, path), path, _pinned_isa())
+    if library.isa != _BEST and not library.has_isa(ISAS[library.isa]):
+        accepted = ", ".join(name for name in ISAS if library.has_isa(name))
+        raise LibraryError(f"LOWMEM_ADAM_ISA is {ISAS[library.isa]!r}; accepted on this machine: {accepted}")
+    return library
+
+
+def _library_path() -> Path:
+    given = os.environ.get("LOWMEM_ADAM_LIBRARY", "")
+    if given == "none":
+        raise LibraryError("the native library is switched off by LOWMEM_ADAM_LIBRARY=none")
+    if given:
+        path = Path(given)
+    else:
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        path = Path(__file__).resolve().parents[1] / "native" / f"liblowmem_adam{suffix}"
+    if not path.is_file():
+        raise LibraryError(f"there is no native library at {path}: it was not built when lowmem_adam was installed")
+    return path
+
+
+def _pinned_isa() -> int:
+    given = os.environ.get("LOWMEM_ADAM_ISA", "")
+    if given and given not in ISAS:
+        raise LibraryError(f"LOWMEM_ADAM_ISA is {given!r}; accepted: {', '.join(ISAS)}")
+    return ISAS.index(given) if given else _BEST
+
+
+def _declared(handle: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    """Declare the functions, once it is certain that they are those of this package."""
+    try:
+        version = handle.lowmem_adam_abi_version()
+        if version != ABI_VERSION:
+            raise LibraryError(f"{path} has interface version {version}; accepted: {ABI_VERSION} (build it anew)")
+        handle.lowmem_adam_format.restype = _Format
+        _check_format(handle.lowmem_adam_format(), path)
+        handle.lowmem_adam_openmp_library.restype = ctypes.c_char_p
+        handle.lowmem_adam_step.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
+            ctypes.POINTER(ctypes.c_int64),
+        )
+    except AttributeError as error:
+        raise LibraryError(f"{path} is not a library of this package: {error}") from error
+    return handle
+
+
+def _check_format(compiled: _Format, path: Path) -> None:
+    """The one description of the format is ``codec.FORMAT``: a library compiled from another one is refused."""
+    expected: dict[str, object] = {"fragment_bytes": _FRAGMENT.size, "scalars_bytes": _SCALARS.size}
+    for field in _Format._fields_:
+        name = field[0]
+        value = getattr(compiled, name)
+        value = tuple(value) if name == "hash_multipliers" else value
+        wanted = expected[name] if name in expected else getattr(FORMAT, name)
+        if value != wanted:
+            raise LibraryError(f"{path} was compiled with {name} = {value}; accepted: {wanted} (build it anew)")
+
+
+def describe() -> dict[str, str | int | None]:
+    """What is in use: file, instruction set, threads, OpenMP library.
+
+    Raises:
+        LibraryError: there is no library.
+    """
+    library = load()
+    return {
+        "library": str(library.path),
+        "isa": library.isa_name,
+        "threads": torch.get_num_threads(),
+        "openmp": library.openmp,
+    }
+
+
+def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int | None = None) -> Tensor:
+    """One Adam step on many fragments, in place, as ``reference.adam_step_`` to the last bit.
+
+    Args:
+        work: fragments on the CPU and their hyperparameters.
+        isa: an instruction set; None for the one that ``load`` chose.
+        num_threads: None for ``torch.get_num_threads()``. The result does not depend on it.
+
+    Returns:
+        The number of blocks left as they were for a non-finite gradient, int64 scalar.
+
+    Raises:
+        ValueError: a fragment of another device, dtype or size, or an instruction set that this machine lacks;
+            nothing has changed.
+        LibraryError: there is no library.
+        RuntimeError: more than one thread in the child of a fork, where none of OpenMP's threads are.
+    """
+    library = load()
+    number = library.isa if isa is None else _isa_number(library, isa)
+    threads = torch.get_num_threads() if num_threads is None else num_threads
+    packed = _Packed(work)
+    skipped = ctypes.c_int64()
+    status = library.handle.lowmem_adam_step(
+        packed.fragments, packed.count, packed.scalars, packed.scalars_count, threads, number, ctypes.byref(skipped)
+    )
+    if status == _FORKED:
+        raise RuntimeError(
+            f"step with {threads} threads in a forked child process, where OpenMP's threads do not exist; accepted: "
+            "torch.set_num_threads(1) in the child, or the start method 'spawn' or 'forkserver'"
+        )
+    if status:
+        raise RuntimeError(f"the native step refused its arguments: {_STATUS.get(status, status)}")
+    total = torch.tensor(skipped.value, dtype=torch.int64)
+    for fragment, scalars in packed.left_over:
+        total += reference.adam_step_(fragment, scalars)
+    return total
+
+
+def _isa_number(library: Library, isa: str) -> int:
+    if isa not in ISAS or not library.has_isa(isa):
+        accepted = ", ".join(name for name in ISAS if library.has_isa(name))
+        raise ValueError(f"isa is {isa!r}; accepted on this machine: {accepted}")
+    return ISAS.index(isa)
+
+
+class _Packed:
+    """Fragments and hyperparameters as the library reads them.
+
+    ``left_over`` holds fragments of more dimensions than the library walks, for the reference to step.
+    """
+
+    def __init__(self, work: Sequence[Work]) -> None:
+        self.left_over: list[Work] = []
+        self._shapes: list[ctypes.Array[ctypes.c_int64]] = []  # kept alive for the call
+        fragments, records = bytearray(_FRAGMENT.size * len(work)), bytearray()
+        index_of: dict[int, int] = {}
+        offset = 0
+        for item in work:
+            fragment, scalars = item
+            _check(fragment)
+            param, grad = self._tensor(fragment.param), self._tensor(fragment.grad)
+            if param is None or grad is None:
+                self.left_over.append(item)
+                continue
+            index = index_of.get(id(scalars))
+            if index is None:
+                index = index_of[id(scalars)] = len(index_of)
+                records += _pack_scalars(scalars)
+            moments, layout = fragment.moments, fragment.layout
+            if isinstance(moments, CodedMoments):
+                floor, span = moments.block_floor.data_ptr(), moments.block_span.data_ptr()
+                exp_avg, exp_avg_sq = moments.exp_avg_code.data_ptr(), moments.exp_avg_sq_code.data_ptr()
+            else:
+                floor, span = 0, 0
+                exp_avg, exp_avg_sq = moments.exp_avg.data_ptr(), moments.exp_avg_sq.data_ptr()
+            place = (layout.rows, layout.cols, fragment.first_block, fragment.end_block, index)
+            _FRAGMENT.pack_into(fragments, offset, *param, *grad, exp_avg, exp_avg_sq, floor, span, *place)
+            offset += _FRAGMENT.size
+        self.count, self.scalars_count = offset // _FRAGMENT.size, len(index_of)
+        self.fragments = (ctypes.c_char * len(fragments)).from_buffer(fragments)
+        self.scalars = (ctypes.c_char * len(records)).from_buffer(records)
+
+    def _tensor(self, tensor: Tensor) -> tuple[int, int, int, int] | None:
+        """Data, shape, dtype and dims; None where there are more dimensions than the library walks."""
+        if tensor.is_contiguous():
+            return tensor.data_ptr(), 0, _DTYPES[tensor.dtype], 0
+        merged = merged_dimensions(tensor)
+        if len(merged) > MAX_DIMS:
+            return None
+        sizes, strides = zip(*merged, strict=True)
+        shape = (ctypes.c_int64 * (2 * len(merged)))(*sizes, *strides)
+        self._shapes.append(shape)
+        return tensor.data_ptr(), ctypes.addressof(shape), _DTYPES[tensor.dtype], len(merged)
+
+
+def merged_dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of a tensor, outermost first, with dimensions that run on in memory taken together."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged or [(1, 1)]
+
+
+def _pack_scalars(s: StepScalars) -> bytes:
+    factor = -s.grad_scale if s.maximize else s.grad_scale
+    betas = (s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2)
+    rates = (s.eps, s.weight_decay, s.shrink, s.step_size, factor)
+    return _SCALARS.pack(
+        *map(_to_float32, (*betas, *rates)), s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF
+    )
+
+
+def _to_float32(value: float) -> float:
+    """Beyond float32 it is infinite, as for torch; ``struct`` would raise an error."""
+    return ctypes.c_float(value).value
+
+
+def _check(fragment: Fragment) -> None:
+    """Everything that the library takes on trust."""
+    param, grad, moments, layout = fragment.param, fragment.grad, fragment.moments, fragment.layout
+    numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
+    if param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32):
+        raise ValueError(
+            f"parameter and gradient have dtypes {param.dtype} and {grad.dtype}; "
+            f"accepted: {', '.join(map(str, _DTYPES))}, and gradients of the same or torch.float32"
+        )
+    blocks = fragment.end_block - fragment.first_block
+    held: tuple[tuple[Tensor, torch.dtype, int], ...]
+    if isinstance(moments, CodedMoments):
+        held = (
+            (moments.exp_avg_code, torch.int8, numel),
+            (moments.exp_avg_sq_code, torch.uint8, numel),
+            (moments.block_floor, torch.uint8, blocks),
+            (moments.block_span, torch.uint8, blocks),
+        )
+    else:
+        held = ((moments.exp_avg, torch.float32, numel), (moments.exp_avg_sq, torch.float32, numel))
+    for tensor, dtype, elements in held:
+        if tensor.dtype != dtype or tensor.numel() != elements or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(
+                f"moments have a tensor of dtype {tensor.dtype} with {tensor.numel()} elements on {tensor.device}, "
+                f"contiguous: {tensor.is_contiguous()}; accepted: {dtype}, {elements}, cpu, contiguous"
+            )
+    for tensor in (param, grad):
+        if tensor.numel() != numel or not tensor.is_cpu:
+            raise ValueError(
+                f"parameter or gradient has {tensor.numel()} elements on {tensor.device}; accepted: {numel} on cpu"
+            )

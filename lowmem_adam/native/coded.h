@@ -1,0 +1,326 @@
+// A block whose moments are held in the 8-bit format: codec.decode, the step, codec.encode, in a few passes over 128
+// elements. Order and rounding are those of codec.py; here only what makes them cheap.
+#ifndef LOWMEM_ADAM_CODED_H
+#define LOWMEM_ADAM_CODED_H
+
+#include "step.h"
+
+namespace {
+
+constexpr uint32_t kInfinityBits = 0x7F800000;
+
+// codec.reciprocal
+template <class V>
+LOWMEM_ADAM_INLINE Quad<V> reciprocal(const Quad<V> &x) {
+    Quad<V> estimate, product;
+    four(EACH {
+        const typename V::I seed = V::seti(static_cast<int32_t>(kFormat.reciprocal_seed));
+        estimate.v[u] = V::bits_to_float(V::subi(seed, V::float_to_bits(x.v[u])));
+    });
+    four(EACH { product.v[u] = V::mul(x.v[u], estimate.v[u]); });
+    four(EACH { product.v[u] = V::sub(V::set(kFormat.reciprocal_first), product.v[u]); });
+    four(EACH { estimate.v[u] = V::mul(estimate.v[u], product.v[u]); });
+    four(EACH { product.v[u] = V::mul(x.v[u], estimate.v[u]); });
+    four(EACH { product.v[u] = V::sub(V::set(kFormat.reciprocal_second), product.v[u]); });
+    four(EACH { estimate.v[u] = V::mul(estimate.v[u], product.v[u]); });
+    return estimate;
+}
+
+// The grid of one block, as decode and encode need it.
+struct GridBits {
+    int32_t floor;
+    int32_t per_code;
+
+    GridBits(uint8_t block_floor, uint8_t block_span)
+        : floor((block_floor > 0 ? block_floor : 1) << kMantissaBits),
+          per_code(((block_span > 0 ? block_span : 1) << kMantissaBits) / kFormat.root_intervals) {}
+};
+
+// What the passes over a block hand on to one another; it stays in the first-level cache. There is a pass for each short
+// chain of operations: of a short one the processor has many vectors under way at a time.
+struct Between {
+    alignas(64) float ratio[kBlockSize];  // as decoded; later the roots that the new ratios refer to, if not the same
+    alignas(64) float exp_avg[kBlockSize];
+    alignas(64) float root[kBlockSize];
+};
+
+// Decodes the first moment's ratio. The codes come times 2^24, which the quotient does not see.
+template <class V>
+LOWMEM_ADAM_INLINE void decode_ratio(const int8_t *ratio_code, Between &between, int i) {
+    const typename V::F levels = V::set(static_cast<float>(kFormat.ratio_scale) * 0x1p24f);
+    typename V::I codes[4];
+    V::load_codes(ratio_code + i, codes);
+    four(EACH {
+        const typename V::F level = V::to_float(codes[u]);
+        V::store(between.ratio + i + u * V::kLanes, V::div(level, V::sub(levels, V::abs(level))));
+    });
+}
+
+// Decodes the root, steps the moments, and follows the range of the new roots.
+template <class V, class P, class G, Path path>
+class MomentsPass {
+    using F = typename V::F;
+    using I = typename V::I;
+
+   public:
+    LOWMEM_ADAM_INLINE MomentsPass(const Hyper<V> &h, const BlockData<P, G> &block, Between &between)
+        : h_(h), block_(block), between_(between), highest_(V::seti(0)), lowest_(V::seti(-1)) {
+        const GridBits grid(*block.floor, *block.span);
+        per_code_ = V::seti(grid.per_code);
+        base_ = V::seti(grid.floor - grid.per_code);
+    }
+
+    LOWMEM_ADAM_INLINE void quad(int i) {
+        Quad<V> weight, grad, exp_avg, exp_avg_sq, root;
+        I codes[4];
+        V::load_codes(static_cast<const uint8_t *>(block_.exp_avg_sq) + i, codes);
+        four(EACH {
+            root.v[u] = V::bits_to_float(V::where_positive(codes[u], V::addi(V::muli(codes[u], per_code_), base_)));
+        });
+        four(EACH { exp_avg_sq.v[u] = V::mul(root.v[u], root.v[u]); });
+        four(EACH { exp_avg.v[u] = V::mul(V::load(between_.ratio + i + u * V::kLanes), root.v[u]); });
+        if (path == Path::careful) {
+            four(EACH { weight.v[u] = widen<V>(P{}, block_.param + i + u * V::kLanes); });
+        }
+        four(EACH { grad.v[u] = widen<V>(G{}, block_.grad + i + u * V::kLanes); });
+        step_moments<V, path>(h_, weight, grad, exp_avg, exp_avg_sq, root);
+        four(EACH { V::store(between_.exp_avg + i + u * V::kLanes, exp_avg.v[u]); });
+        four(EACH { V::store(between_.root + i + u * V::kLanes, root.v[u]); });
+        four(EACH { highest_ = V::max_unsigned(highest_, V::float_to_bits(root.v[u])); });
+        four(EACH { lowest_ = V::min_unsigned(lowest_, V::float_to_bits(root.v[u])); });
+    }
+
+    // Bits of the largest root, at or above those of infinity where one is not finite; NaN may have a sign.
+    LOWMEM_ADAM_INLINE uint32_t highest() const { return V::reduce_max_unsigned(highest_); }
+    // Bits of the smallest root.
+    LOWMEM_ADAM_INLINE uint32_t lowest() const { return V::reduce_min_unsigned(lowest_); }
+
+   private:
+    const Hyper<V> &h_;
+    const BlockData<P, G> block_;
+    Between &between_;
+    I per_code_, base_, highest_, lowest_;
+};
+
+// The grid of a block's new roots, and what is special about them.
+struct RootGrid {
+    int32_t floor_bits;
+    float codes_per_bit;
+    bool zeros;   // some roots are zero
+    bool capped;  // some positive roots lie below the floor
+};
+
+// Chooses the grid and stores it. `highest`: bits of the largest root; `lowest`: bits of the smallest positive one; both
+// 0 where there is none.
+LOWMEM_ADAM_INLINE RootGrid choose_grid(uint32_t highest, uint32_t lowest, bool zeros, uint8_t *floor, uint8_t *span) {
+    const int32_t above = static_cast<int32_t>(highest >> kMantissaBits) + 1;
+    const int32_t bottom = static_cast<int32_t>(lowest >> kMantissaBits);
+    const int32_t cap = above - kFormat.max_octaves;
+    int32_t exponent = bottom > cap ? bottom : cap;
+    exponent = exponent > 1 ? exponent : 1;
+    const bool empty = highest == 0;
+    *floor = static_cast<uint8_t>(empty ? 0 : exponent);
+    *span = static_cast<uint8_t>(empty ? 0 : above - exponent);
+    const GridBits grid(*floor, *span);
+    return {grid.floor, 1.0f / static_cast<float>(grid.per_code), zeros, !empty && cap > bottom};
+}
+
+// The same for finite roots some of which may be zero.
+template <class V>
+RootGrid choose_grid_with_zeros(const Between &between, int count, uint8_t *floor, uint8_t *span) {
+    typename V::I lowest = V::seti(-1), highest = V::seti(0), least = V::seti(-1);
+    for (int i = 0; i < count; i += V::kLanes) {
+        const typename V::I bits = V::float_to_bits(V::load(between.root + i));
+        highest = V::max_unsigned(highest, bits);
+        least = V::min_unsigned(least, bits);
+        lowest = V::min_unsigned(lowest, V::subi(bits, V::seti(1)));  // which sends zeros beyond all others
+    }
+    const bool zeros = V::reduce_min_unsigned(least) == 0;
+    return choose_grid(V::reduce_max_unsigned(highest), V::reduce_min_unsigned(lowest) + 1, zeros, floor, span);
+}
+
+// Steps the weight.
+template <class V, class P, Path path, bool stochastic>
+LOWMEM_ADAM_INLINE void weight_quad(const Hyper<V> &h, typename P::Stored *param, const Between &between,
+                                    uint32_t update_word, int i) {
+    Quad<V> weight, exp_avg, root;
+    four(EACH { weight.v[u] = widen<V>(P{}, param + i + u * V::kLanes); });
+    four(EACH { exp_avg.v[u] = V::load(between.exp_avg + i + u * V::kLanes); });
+    four(EACH { root.v[u] = V::load(between.root + i + u * V::kLanes); });
+    step_weight<V, path>(h, weight, exp_avg, root);
+    narrow<V, stochastic, path == Path::careful>(P{}, param + i, weight.v, update_word, i);
+}
+
+// What the ratios refer to: the roots, but none below 2^-126.
+template <class V>
+const float *positive_roots(Between &between, int count) {
+    for (int i = 0; i < count; i += V::kLanes) {
+        V::store(between.ratio + i, V::max(V::load(between.root + i), V::set(kSmallestNormal)));
+    }
+    return between.ratio;
+}
+
+// Codes the first moment: codec.encode_ratio.
+template <class V>
+LOWMEM_ADAM_INLINE void encode_ratio(const float *exp_avgs, const float *roots, uint32_t moment_word, bool nearest,
+                                     int8_t *ratio_code, int i) {
+    using F = typename V::F;
+    const F scale = V::set(static_cast<float>(kFormat.ratio_scale));
+    const F limit = V::set(static_cast<float>(kFormat.ratio_always_dithered));
+    Quad<V> exp_avg, ratio;
+    typename V::I codes[4];
+    four(EACH { exp_avg.v[u] = V::load(exp_avgs + i + u * V::kLanes); });
+    four(EACH { ratio.v[u] = V::add(V::load(roots + i + u * V::kLanes), V::abs(exp_avg.v[u])); });
+    ratio = reciprocal(ratio);
+    four(EACH { ratio.v[u] = V::mul(V::mul(exp_avg.v[u], ratio.v[u]), scale); });
+    four(EACH {
+        codes[u] = V::addi(V::loadi(kMomentLanes.words + i + u * V::kLanes),
+                           V::seti(static_cast<int32_t>(moment_word)));
+    });
+    if (nearest) {
+        four(EACH { codes[u] = V::where(V::greater(V::abs(ratio.v[u]), limit), codes[u]); });
+    }
+    // Without a word this is 128.5.
+    four(EACH { codes[u] = V::and_xor(codes[u], V::seti(0xFFFF), V::seti(0x43008000)); });
+    four(EACH { codes[u] = V::truncate(V::add(ratio.v[u], V::bits_to_float(codes[u]))); });
+    V::store_codes(ratio_code + i, codes);
+}
+
+// Codes the roots: codec.encode_root.
+template <class V>
+class RootPass {
+    using F = typename V::F;
+    using I = typename V::I;
+
+   public:
+    LOWMEM_ADAM_INLINE RootPass(const Between &between, const RootGrid &grid, uint32_t moment_word, uint8_t *root_code)
+        : between_(between), root_code_(root_code), capped_(grid.capped),
+          word_(V::seti(static_cast<int32_t>(moment_word))), floor_(V::seti(grid.floor_bits)),
+          codes_per_bit_(V::set(grid.codes_per_bit)) {}
+
+    LOWMEM_ADAM_INLINE void quad(int i) const {
+        Quad<V> root, threshold;
+        I codes[4];
+        four(EACH { root.v[u] = V::load(between_.root + i + u * V::kLanes); });
+        if (capped_) {  // more octaves than the grid takes: what lies lower takes the floor
+            four(EACH {
+                const F raised = V::max(root.v[u], V::bits_to_float(floor_));
+                root.v[u] = V::select(V::equal(root.v[u], V::set(0.0f)), root.v[u], raised);
+            });
+        }
+        four(EACH { root.v[u] = V::to_float(V::subi(V::float_to_bits(root.v[u]), floor_)); });
+        four(EACH {
+            const I words = V::addi(V::loadi(kMomentLanes.words + i + u * V::kLanes), word_);
+            threshold.v[u] = V::bits_to_float(V::ori(V::template shift_right<9>(words), V::seti(0x3F800000)));
+        });
+        // A root of zero lies at least ten codes below the floor: saturation makes it code 0.
+        four(EACH { codes[u] = V::truncate(V::add(V::mul(root.v[u], codes_per_bit_), threshold.v[u])); });
+        V::store_codes(root_code_ + i, codes);
+    }
+
+   private:
+    const Between &between_;
+    uint8_t *root_code_;
+    bool capped_;
+    I word_, floor_;
+    F codes_per_bit_;
+};
+
+// A block whose roots are still to be coded.
+struct Pending {
+    Between between;
+    RootGrid grid;
+    uint32_t moment_word;
+    uint8_t *root_code;
+};
+
+template <class V>
+LOWMEM_ADAM_INLINE RootPass<V> root_pass(const Pending &p) {
+    return RootPass<V>(p.between, p.grid, p.moment_word, p.root_code);
+}
+
+template <class V>
+void encode_roots(const Pending &pending, int count) {
+    const RootPass<V> roots = root_pass<V>(pending);
+    for (int i = 0; i < count; i += 4 * V::kLanes) roots.quad(i);
+}
+
+// Steps a block but for the coding of its roots, which is left in `current`, and codes those of the block before, if
+// there is one: that keeps the units busy that do not divide. False where a root is not finite: then nothing of the
+// block has changed, and it has to be stepped with care.
+template <class V, class P, class G, Path path, bool stochastic>
+LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G> block, const BlockDither dither,
+                                    const Pending *before, Pending &current) {
+    // By value, so that no store to memory makes the compiler read pointers again.
+    constexpr int kQuad = 4 * V::kLanes;
+    int8_t *ratio_code = static_cast<int8_t *>(block.exp_avg);
+    Between &between = current.between;
+    if (before) {
+        const RootPass<V> roots = root_pass<V>(*before);
+        for (int i = 0; i < kBlockSize; i += kQuad) {
+            decode_ratio<V>(ratio_code, between, i);
+            roots.quad(i);
+        }
+    } else {
+        for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
+    }
+
+    MomentsPass<V, P, G, path> moments(h, block, between);
+    for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
+    const uint32_t highest = moments.highest(), lowest = moments.lowest();
+    if (highest >= kInfinityBits) return false;
+    current.grid = lowest > 0 ? choose_grid(highest, lowest, false, block.floor, block.span)
+                              : choose_grid_with_zeros<V>(between, block.count, block.floor, block.span);
+    current.moment_word = dither.moment;
+    current.root_code = static_cast<uint8_t *>(block.exp_avg_sq);
+
+    const float *roots = current.grid.zeros ? positive_roots<V>(between, block.count) : between.root;
+    for (int i = 0; i < block.count; i += kQuad) {
+        weight_quad<V, P, path, stochastic>(h, block.param, between, dither.update, i);
+        encode_ratio<V>(between.exp_avg, roots, dither.moment, dither.nearest, ratio_code, i);
+    }
+    return true;
+}
+
+// Whatever there is: decay in the gradient, a denominator of zero, roots and moments that are not finite.
+template <class V, class P, class G, bool stochastic>
+void careful_block(const Hyper<V> &h, const BlockData<P, G> &block, const BlockDither &dither) {
+    using F = typename V::F;
+    constexpr int kQuad = 4 * V::kLanes;
+    int8_t *ratio_code = static_cast<int8_t *>(block.exp_avg);
+    Pending pending;
+    Between &between = pending.between;
+    for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
+    MomentsPass<V, P, G, Path::careful> moments(h, block, between);
+    for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
+    for (int i = 0; i < block.count; i += kQuad) {
+        weight_quad<V, P, Path::careful, stochastic>(h, block.param, between, dither.update, i);
+    }
+
+    // What is not finite does not count for the grid; stand-ins are coded for it.
+    alignas(64) bool counted[kBlockSize];
+    for (int i = 0; i < block.count; ++i) {
+        counted[i] = between.root[i] < __builtin_inff();
+        if (!counted[i]) between.root[i] = 0.0f;
+    }
+    pending.grid = choose_grid_with_zeros<V>(between, block.count, block.floor, block.span);
+    for (int i = 0; i < block.count; ++i) {
+        if (!counted[i]) between.root[i] = kLargestRoot;
+    }
+    for (int i = 0; i < block.count; i += V::kLanes) {
+        F exp_avg = V::load(between.exp_avg + i);
+        exp_avg = V::select(V::is_nan(exp_avg), V::set(0.0f), exp_avg);
+        V::store(between.exp_avg + i, V::max(V::min(exp_avg, V::set(kLargestMoment)), V::set(-kLargestMoment)));
+    }
+    const float *roots = positive_roots<V>(between, block.count);
+    for (int i = 0; i < block.count; i += kQuad) {
+        encode_ratio<V>(between.exp_avg, roots, dither.moment, dither.nearest, ratio_code, i);
+    }
+    pending.moment_word = dither.moment;
+    pending.root_code = static_cast<uint8_t *>(block.exp_avg_sq);
+    encode_roots<V>(pending, block.count);
+}
+
+}  // namespace
+
+#endif
