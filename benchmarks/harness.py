@@ -22,7 +22,17 @@ from lowmem_adam.layout import is_coded
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CACHE = Path(__file__).resolve().parent / ".cache"
-PACKAGES = ("lowmem-adam", "torch", "transformers", "bitsandbytes", "torchao", "scikit-learn", "mlxtend", "numpy")
+PACKAGES = (
+    "lowmem-adam",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "deepspeed",
+    "scikit-learn",
+    "mlxtend",
+    "numpy",
+)
 ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "asimd", "sve")
 
 Cell = str | float | int

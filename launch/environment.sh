@@ -4,6 +4,7 @@
 # Creates or reuses the project's virtual environment, installs the named extras at the versions of
 # launch/constraints.txt, and activates it. What is installed already is not installed again.
 #   LOWMEM_ADAM_VENV  where the environment lies (default: .venv in the repository)
+# The install builds the native library into lowmem_adam/native, where a C++ compiler is found.
 # Runs may share one environment, also at the same time: only one installs, the others wait for it.
 
 lowmem_adam_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -59,43 +60,72 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256(f"{root}\n{sys.version}\n".encode())
-for name in ("pyproject.toml", "launch/constraints.txt", "launch/environment.sh"):
-    digest.update((root / name).read_bytes())
+names = ["pyproject.toml", "launch/constraints.txt", "launch/environment.sh", ".build_backend/lowmem_adam_backend.py"]
+native = [path for path in (root / "lowmem_adam/native").iterdir() if path.suffix in (".cpp", ".h", ".txt")]
+for path in [*(root / name for name in names), *sorted(native)]:
+    digest.update(f"{path}\n".encode() + path.read_bytes())
 print(digest.hexdigest())
 PYTHON
 }
 
-# torch and the build backend come first, by exact version: no later command can pull in another torch,
+# The native library is there, or a compiler that could build it, or neither.
+_lowmem_adam_library() {
+    if compgen -G "$lowmem_adam_root/lowmem_adam/native/liblowmem_adam.*" >/dev/null; then
+        printf 'library\n'
+    elif [[ -n "${CXX:-}$(type -P c++ g++ clang++)" ]]; then
+        printf 'compiler\n'
+    else
+        printf 'neither\n'
+    fi
+}
+
+_lowmem_adam_say_whether_native() {
+    case "$(_lowmem_adam_library)" in
+        compiler)
+            _lowmem_adam_say "the native library was not built: steps will be slow, by the reference backend (for the" \
+                "reason: pip install --verbose --config-settings wheel.cmake=true --editable $lowmem_adam_root)"
+            ;;
+        neither)
+            _lowmem_adam_say "the native library was not built, as no C++ compiler is on the PATH: steps will be" \
+                "slow, by the reference backend (Debian and Ubuntu: apt-get install g++)"
+            ;;
+    esac
+}
+
+# torch and what builds the project come first, by exact version: no later command can pull in another torch,
 # and the project is built against what is there, without a second copy of anything in a build environment.
 _lowmem_adam_pip_install() {
     local venv="$1" extras="$2"
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet
         --constraint "$lowmem_adam_root/launch/constraints.txt")
     _lowmem_adam_say "installing torch 2.13.0" &&
-        "${pip[@]}" torch==2.13.0 scikit-build-core &&
+        "${pip[@]}" torch==2.13.0 scikit-build-core cmake ninja &&
         _lowmem_adam_say "installing lowmem-adam[$extras]" &&
         "${pip[@]}" torch==2.13.0 --no-build-isolation --editable "${lowmem_adam_root}[$extras]"
 }
 
-# One stamp for each extra, so that runs with different extras do not undo one another's.
+# One stamp for each extra, so that runs with different extras do not undo one another's. A library that was removed,
+# or a compiler that has come, is a reason to install anew; a build that failed is not tried again as it is.
 _lowmem_adam_install() {
     local venv="$1" stamps="$1/.lowmem_adam" fingerprint extra missing=()
     shift
     fingerprint="$(_lowmem_adam_fingerprint "$venv")" || return 1
     for extra in "$@"; do
-        if [[ ! -f "$stamps/$extra" || "$(<"$stamps/$extra")" != "$fingerprint" ]]; then
+        if [[ ! -f "$stamps/$extra" || "$(<"$stamps/$extra")" != "$fingerprint $(_lowmem_adam_library)" ]]; then
             missing+=("$extra")
         fi
     done
     if ((${#missing[@]} == 0)); then
         _lowmem_adam_say "$venv is up to date"
+        _lowmem_adam_say_whether_native
         return 0
     fi
     _lowmem_adam_pip_install "$venv" "$(IFS=,; printf '%s' "${missing[*]}")" || return 1
     mkdir -p "$stamps" || return 1
     for extra in "${missing[@]}"; do
-        printf '%s\n' "$fingerprint" >"$stamps/$extra" || return 1
+        printf '%s\n' "$fingerprint $(_lowmem_adam_library)" >"$stamps/$extra" || return 1
     done
+    _lowmem_adam_say_whether_native
 }
 
 _lowmem_adam_environment() {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from lowmem_adam import checkpoint, inputs, kernels, settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
-from lowmem_adam.layout import Layout
-from lowmem_adam.state import check_state, memory_by_kind, moments_of, new_state
+from lowmem_adam.kernels.fragment import StepScalars, Work
+from lowmem_adam.prepared import Prepared, is_plain_gradient
+from lowmem_adam.state import memory_by_kind, new_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,14 +31,14 @@ class _Keywords(TypedDict, total=False):
     backend: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(NamedTuple):
     """A parameter that this step changes, with everything about it checked."""
 
     param: Tensor
     grad: Tensor
     group: dict[str, Any]
     scalars: StepScalars
+    label: str
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -179,9 +178,10 @@ class Adam8bit(torch.optim.Optimizer):
         if found_inf is not None and float(found_inf) > 0:
             return loss
         work = self._checked_work(self._grad_factor())
-        for item in work:
-            if not self.state.get(item.param):
-                self.state[item.param] = new_state(item.param, item.group["moments"])
+        for param, _, group, _, label in work:
+            if not self.state.get(param):
+                state = self.state[param] = new_state(param, group["moments"])
+                self._prepared[param] = Prepared(param, state, group["moments"], label)
         self._update(work)
         self._clip_coefficient = 1.0
         self._warn_of_skipped()
@@ -226,46 +226,59 @@ class Adam8bit(torch.optim.Optimizer):
                 "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
                 "accepted: steps outside of captures"
             )
+        if len(self._prepared) > sum(len(group["params"]) for group in self.param_groups):
+            self._prepared.clear()  # some belong to parameters that were taken out
         work: list[_Work] = []
         for group_index, group in enumerate(self.param_groups):
             settings.check_group(group, f"param group {group_index}")
             lr = float(group["lr"])
             records: dict[int, StepScalars] = {}
-            for param, label in _labelled_params(group, group_index):
-                if param.grad is None:
+            names = group.get("param_names")
+            for index, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
                     continue
-                inputs.check_param(param, label)
-                inputs.check_gradient(param, param.grad, label)
-                # Not self.state[param], which would leave an empty entry behind.
-                state = self.state.get(param)
-                if state:
-                    check_state(state, param.shape, group["moments"], label)
-                    inputs.check_devices(state, param, label)
-                if group["nonfinite"] == "error" and not inputs.is_finite(param.grad, grad_factor):
-                    count = int((~(param.grad * grad_factor).isfinite()).sum())
+                label = f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
+                state = self._checked_state(param, grad, group["moments"], label)
+                if group["nonfinite"] == "error" and not inputs.is_finite(grad, grad_factor):
+                    count = int((~(grad * grad_factor).isfinite()).sum())
                     raise ValueError(
-                        f"{label}: {count} of {param.grad.numel()} gradient elements are not finite; accepted with "
+                        f"{label}: {count} of {grad.numel()} gradient elements are not finite; accepted with "
                         'nonfinite="error": finite gradients'
                     )
                 step = int(state["step"]) + 1 if state else 1
                 if step not in records:
                     records[step] = _scalars(group, lr, step, grad_factor, label)
-                work.append(_Work(param, param.grad, group, records[step]))
+                work.append(_Work(param, grad, group, records[step], label))
         return work
+
+    def _checked_state(self, param: Tensor, grad: Tensor, moments: str, label: str) -> Mapping[str, Tensor] | None:
+        """The state of a parameter that can be stepped with this gradient; None before its first step."""
+        # Not self.state[param], which would leave an empty entry behind.
+        state: dict[str, Tensor] | None = self.state.get(param) or None
+        prepared = self._prepared.get(param)
+        known = state is not None and prepared is not None and prepared.fits(param, state, moments)
+        if not known:
+            inputs.check_param(param, label)
+        if not is_plain_gradient(param, grad):
+            inputs.check_gradient(param, grad, label)
+        if not known:
+            self._prepared.pop(param, None)
+            if state is not None:
+                self._prepared[param] = Prepared(param, state, moments, label)
+        return state
 
     # What compilers make of the kernel may round differently. This is what torch.optim uses itself: unlike
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, work: list[_Work]) -> None:
-        calls: dict[tuple[str, torch.device], list[Work]] = {}
-        for item in work:
-            param, layout = item.param.detach(), Layout.of(item.param.shape)
-            moments = moments_of(self.state[item.param])
-            fragment = Fragment(param, item.grad.detach(), moments, layout, 0, layout.n_blocks)
-            key = (kernels.choose(item.group["backend"], param.device), param.device)
-            calls.setdefault(key, []).append((fragment, item.scalars))
+        calls: dict[tuple[str | None, torch.device], list[Work]] = {}
+        for param, grad, group, scalars, _ in work:
+            fragment = self._prepared[param].fragment(grad)
+            calls.setdefault((group["backend"], param.device), []).append((fragment, scalars))
+        backends = {key: kernels.BACKENDS[kernels.choose(*key)] for key in calls}
         for (backend, device), fragments in calls.items():
-            skipped = kernels.BACKENDS[backend](fragments)
+            skipped = backends[backend, device](fragments)
             self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
         for item in work:
             self.state[item.param]["step"].fill_(item.scalars.step)
@@ -304,6 +317,8 @@ class Adam8bit(torch.optim.Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}
         self._warned = False
         self._clip_coefficient = 1.0
+        # No state: what can be found out again. Neither saved nor copied.
+        self._prepared: dict[Tensor, Prepared] = {}
 
     def _warn_of_skipped(self) -> None:
         on_cpu = self._skipped.get(torch.device("cpu"))
@@ -357,6 +372,7 @@ class Adam8bit(torch.optim.Optimizer):
         if "_skipped" not in self.__dict__:
             self._reset_counters()
         super().__setstate__(state)
+        self._prepared.clear()  # also after a load, or the tensors replaced would stay in memory
         # torch adds this to every optimizer it restores; it is no setting of ours.
         self.defaults.pop("differentiable", None)
 
@@ -382,13 +398,6 @@ class AdamW8bit(Adam8bit):
         **keywords: Unpack[_Keywords],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **keywords)
-
-
-def _labelled_params(group: dict[str, Any], group_index: int) -> Iterator[tuple[Tensor, str]]:
-    """Parameters of a group with the words that name them in an error."""
-    names = group.get("param_names")
-    for index, param in enumerate(cast("list[Tensor]", group["params"])):
-        yield param, f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
 
 
 def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, label: str) -> StepScalars:

@@ -15,6 +15,7 @@ RANKS = {
     "settings": 2,
     "inputs": 2,
     "state": 3,
+    "prepared": 3,
     "shard": 3,
     "offload": 3,
     "checkpoint": 3,

@@ -187,7 +187,7 @@ def test_planned_keywords_accept_none(name: str) -> None:
 def test_products_of_settings_beyond_float32_are_refused() -> None:
     running = Running()
     set_gradients(running.params, running.steps)
-    for settings in ({"lr": 3e38}, {"lr": 1e30, "weight_decay": 1e30}):
+    for settings in ({"lr": 3e38, "betas": (0.99, 0.9)}, {"lr": 1e30, "weight_decay": 1e30}):
         kept = {name: running.opt.param_groups[1][name] for name in settings}
         running.opt.param_groups[1].update(settings)
         with pytest.raises(ValueError, match=r"param group 1, parameter 0.*lr is.*accepted: steps and factors up to"):

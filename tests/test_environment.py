@@ -3,18 +3,20 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = Path(__file__).resolve().parents[1] / "launch" / "environment.sh"
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = ROOT / "launch" / "environment.sh"
 QUICKSTART = ENVIRONMENT.with_name("quickstart.sh")
 
 
-def source_environment(*extras: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def source_environment(*extras: str, script: Path = ENVIRONMENT, **variables: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     assert bash is not None
-    command = [bash, "-c", 'set -euo pipefail; source "$0" "$@"; echo ready', str(ENVIRONMENT), *extras]
+    command = [bash, "-c", 'set -euo pipefail; source "$0" "$@"; echo ready', str(script), *extras]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
 
@@ -67,6 +69,56 @@ def test_says_so_when_the_environment_has_another_python(tmp_path: Path) -> None
     assert "has Python 3.9.2, the project needs Python 3.10 to 3.13" in finished.stderr
     assert "ready" not in finished.stdout
     assert "installing" not in finished.stdout
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_installs_anew_when_the_native_library_could_be_another(tools: Path, tmp_path: Path) -> None:
+    """A checkout with a stand-in for its environment's interpreter, whose pip "builds" a library if told to."""
+    checkout, venv = tmp_path / "checkout", tmp_path / "venv"
+    native = checkout / "lowmem_adam" / "native"
+    for name in ("launch/environment.sh", "launch/constraints.txt", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    shutil.copytree(ROOT / ".build_backend", checkout / ".build_backend")
+    native.mkdir(parents=True)
+    source, library = native / "dispatch.cpp", native / "liblowmem_adam.so"
+    source.write_text("int one;\n")
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").touch()
+    build = f'case "$*" in *pip*install*) if [ -n "$BUILDS" ]; then : >{library}; fi; exit 0 ;; esac'
+    write_program(venv / "bin" / "python", f'{build}\nexec {sys.executable} "$@"')
+    write_program(tools / "python3", f'exec {sys.executable} "$@"')
+
+    def source_it(**variables: str) -> str:
+        script = checkout / "launch" / "environment.sh"
+        finished = source_environment("test", script=script, PATH=str(tools), LOWMEM_ADAM_VENV=str(venv), **variables)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    def is_up_to_date(said: str) -> bool:
+        assert ("up to date" in said) != ("installing lowmem-adam" in said)
+        return "up to date" in said
+
+    for seen in (False, True):
+        said = source_it()
+        assert is_up_to_date(said) == seen
+        assert "native library was not built, as no C++ compiler" in said
+    write_program(tools / "c++", "exit 1")
+    for seen in (False, True):  # what has failed is not tried again
+        said = source_it()
+        assert is_up_to_date(said) == seen
+        assert "native library was not built: steps will be slow" in said
+    source.write_text("int two;\n")
+    for seen in (False, True):
+        said = source_it(BUILDS="yes")
+        assert is_up_to_date(said) == seen
+        assert "not built" not in said
+    library.unlink()
+    assert not is_up_to_date(source_it())
 
 
 @pytest.mark.parametrize("option", ["--optimizer", "--output-dir=elsewhere", "--expect-world-size"])

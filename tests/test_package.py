@@ -1,11 +1,17 @@
-"""The package as it is built and laid out: one version, a pure typed wheel, imports that point one way."""
+"""The package as it is built and laid out: one version, typed wheels with and without the native library, imports that
+point one way.
+"""
 
 import email
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +42,47 @@ def pins() -> dict[str, Requirement]:
     return {pin.name: pin for pin in pinned if pin.marker is None or pin.marker.evaluate()}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as pip builds it, without a network and with no program on the PATH: no compiler, no cmake."""
-    folder = tmp_path_factory.mktemp("wheel")
+def run(command: list[str], env: Mapping[str, str], cwd: Path = ROOT) -> None:
+    finished = subprocess.run(command, timeout=280, cwd=cwd, env=env, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def build_wheel(folder: Path, env: Mapping[str, str], *options: str) -> Path:
+    """As pip builds it, without a network."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, timeout=200, env={"PATH": ""})
+    run([*command, *options, "--wheel-dir", str(folder), str(ROOT)], env)
     (built,) = folder.iterdir()
     return built
+
+
+def run_backend(hook: str, argument: Path, env: Mapping[str, str], cwd: Path, **settings: str) -> None:
+    program = f"import sys; from lowmem_adam_backend import {hook}; {hook}(sys.argv[1], {settings!r})"
+    run([sys.executable, "-c", program, str(argument)], {**env, "PYTHONPATH": str(cwd / ".build_backend")}, cwd)
+
+
+# What a machine may lack. No program is on the PATH in either case, but cmake and ninja may lie beside this Python.
+LACKS = {
+    "cmake": {"PATH": "", "CMAKE_EXECUTABLE": "/nonexistent/cmake"},
+    "compiler": {"PATH": "", "CXX": "/nonexistent/c++"},
+}
+
+
+@pytest.fixture(scope="module", params=LACKS)
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel where the native library cannot be built."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"), LACKS[request.param])
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        pytest.skip("needs a C++ compiler, and there is none on the PATH")
+
+
+@pytest.fixture(scope="module")
+def native_wheel(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel where it can: a build that fails then is an error."""
+    return build_wheel(tmp_path_factory.mktemp("native"), os.environ, "--config-settings", "wheel.cmake=true")
 
 
 def wheel_text(wheel: Path, name: str) -> str:
@@ -52,7 +91,16 @@ def wheel_text(wheel: Path, name: str) -> str:
         return archive.read(member).decode()
 
 
-def test_wheel_is_pure_python(wheel: Path) -> None:
+def packed_files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def package_files() -> set[str]:
+    return {f"{PACKAGE}/py.typed", *(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py"))}
+
+
+def test_wheel_without_the_library_is_pure_python(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     tags = email.message_from_string(wheel_text(wheel, "WHEEL"))
     assert tags.get_all("Tag") == ["py3-none-any"]
@@ -60,12 +108,102 @@ def test_wheel_is_pure_python(wheel: Path) -> None:
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-        licenses = [name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
-    package = (path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py"))
-    assert packed == {*package, f"{PACKAGE}/py.typed"}
-    assert licenses
+    """Not the library either that an editable install has put among the sources."""
+    assert packed_files(wheel) == package_files()
+    assert wheel_text(wheel, "licenses/LICENSE")
+
+
+@pytest.mark.slow
+def test_wheel_with_the_library_is_for_one_platform_and_every_python(native_wheel: Path) -> None:
+    _, _, python, abi, platform = native_wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform.startswith(("linux_", "macosx_"))
+    tags = email.message_from_string(wheel_text(native_wheel, "WHEEL"))
+    assert tags.get_all("Tag") == [f"py3-none-{platform}"]
+    assert tags["Root-Is-Purelib"] == "false"
+
+
+@pytest.mark.slow
+def test_wheel_with_the_library_holds_one_more_file(native_wheel: Path) -> None:
+    library = packed_files(native_wheel) - package_files()
+    assert library == {f"{PACKAGE}/native/liblowmem_adam.{'dylib' if sys.platform == 'darwin' else 'so'}"}
+    assert packed_files(native_wheel) >= package_files()
+
+
+@pytest.mark.slow
+def test_library_stands_alone(native_wheel: Path, tmp_path: Path) -> None:
+    """It needs nothing of Python or torch, so that one build serves every version, and shows its C interface only."""
+    readelf, nm = shutil.which("readelf"), shutil.which("nm")
+    if not sys.platform.startswith("linux") or readelf is None or nm is None:
+        pytest.skip("needs Linux with binutils")
+    with zipfile.ZipFile(native_wheel) as archive:
+        library = archive.extract(f"{PACKAGE}/native/liblowmem_adam.so", tmp_path)
+    dynamic = subprocess.check_output([readelf, "--dynamic", "--wide", library], text=True, timeout=60)
+    needed = {name.split(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)}
+    assert needed
+    runtime = {"libc", "libm", "libdl", "libpthread", "libgcc_s", "libstdc++", "libgomp", "libomp"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= runtime
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    exported = subprocess.check_output([nm, "--dynamic", "--defined-only", library], text=True, timeout=60).splitlines()
+    declared = re.findall(r"^LOWMEM_ADAM_API .*?(\w+)\(", (ROOT / PACKAGE / "native/lowmem_adam.h").read_text(), re.M)
+    assert {line.split()[-1] for line in exported} == set(declared)
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """What an install reads, without what earlier ones left."""
+    for name in (PACKAGE, ".build_backend"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.usefixtures("compiler")
+def test_editable_install_puts_the_library_among_the_sources(tmp_path: Path) -> None:
+    """And nothing else, and as a file of its own: a process may be running the one that was there."""
+    sources, wheels = copy_of_sources(tmp_path / "sources"), tmp_path / "wheels"
+    native = sources / PACKAGE / "native"
+    for path in native.glob("*.cpp"):
+        path.write_text("")  # where it goes does not depend on what is in it
+    library = native / f"liblowmem_adam.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    library.write_bytes(b"of other sources")
+    (tmp_path / "in_use").hardlink_to(library)
+    before = set(sources.rglob("*"))
+    run_backend(
+        "build_editable", wheels, {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, sources, **{"wheel.cmake": "true"}
+    )
+    assert set(sources.rglob("*")) == before
+    assert len(library.read_bytes()) > 1000
+    assert (tmp_path / "in_use").read_bytes() == b"of other sources"
+
+
+def test_editable_install_leaves_no_library_of_other_sources(tmp_path: Path) -> None:
+    sources, wheels = copy_of_sources(tmp_path / "sources"), tmp_path / "wheels"
+    old = sources / PACKAGE / "native" / "liblowmem_adam.so"
+    old.write_bytes(b"of other sources")
+    run_backend("build_editable", wheels, LACKS["compiler"], sources)
+    (built,) = wheels.iterdir()
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not old.exists()
+
+
+def test_library_that_was_asked_for_must_be_built(tmp_path: Path) -> None:
+    """And where it cannot, the error says why."""
+    with pytest.raises(AssertionError, match=r"/nonexistent/c\+\+"):
+        build_wheel(tmp_path, LACKS["compiler"], "--config-settings", "wheel.cmake=true")
+
+
+def test_source_distribution_can_build_the_library(tmp_path: Path) -> None:
+    run_backend("build_sdist", tmp_path, {"PATH": ""}, ROOT)
+    (built,) = tmp_path.iterdir()
+    with tarfile.open(built) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    native = {path.name for path in (ROOT / PACKAGE / "native").iterdir() if path.suffix in {".cpp", ".h", ".txt"}}
+    assert {f"{PACKAGE}/native/{name}" for name in native} <= packed
+    assert ".build_backend/lowmem_adam_backend.py" in packed
+    assert [name for name in packed if name.endswith((".so", ".dylib"))] == []
 
 
 def test_version_has_one_source(wheel: Path) -> None:
@@ -161,7 +299,7 @@ def write_package(folder: Path, files: dict[str, str]) -> None:
 
 
 def test_source_files_stay_short() -> None:
-    folders = [ROOT / name for name in (PACKAGE, "launch", "tests", "benchmarks")]
+    folders = [ROOT / name for name in (PACKAGE, ".build_backend", "launch", "tests", "benchmarks")]
     sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
     assert lengths

@@ -62,7 +62,7 @@ def plain_step(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, s: StepScalars
 
 @pytest.mark.parametrize(
     "changes",
-        [
+    [
         {},
         {"weight_decay": 0.0},
         {"decoupled": False},

@@ -223,46 +223,79 @@ class _Packed:
 
     def __init__(self, work: Sequence[Work]) -> None:
         self.left_over: list[Work] = []
-        self._shapes: list[ctypes.Array[ctypes.c_int64]] = []  # kept alive for the call
+        self._kept: list[_Place] = []  # the library reads shapes where these hold them
         fragments, records = bytearray(_FRAGMENT.size * len(work)), bytearray()
         index_of: dict[int, int] = {}
         offset = 0
         for item in work:
             fragment, scalars = item
-            _check(fragment)
-            param, grad = self._tensor(fragment.param), self._tensor(fragment.grad)
-            if param is None or grad is None:
+            place = _place_of(fragment)
+            grad = _Place(fragment.grad)
+            if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS:
                 self.left_over.append(item)
                 continue
+            if grad.dims:
+                self._kept.append(grad)
             index = index_of.get(id(scalars))
             if index is None:
                 index = index_of[id(scalars)] = len(index_of)
                 records += _pack_scalars(scalars)
-            moments, layout = fragment.moments, fragment.layout
-            if isinstance(moments, CodedMoments):
-                floor, span = moments.block_floor.data_ptr(), moments.block_span.data_ptr()
-                exp_avg, exp_avg_sq = moments.exp_avg_code.data_ptr(), moments.exp_avg_sq_code.data_ptr()
-            else:
-                floor, span = 0, 0
-                exp_avg, exp_avg_sq = moments.exp_avg.data_ptr(), moments.exp_avg_sq.data_ptr()
-            place = (layout.rows, layout.cols, fragment.first_block, fragment.end_block, index)
-            _FRAGMENT.pack_into(fragments, offset, *param, *grad, exp_avg, exp_avg_sq, floor, span, *place)
+            _FRAGMENT.pack_into(fragments, offset, *place.param.packed, *grad.packed, *place.rest, index)
             offset += _FRAGMENT.size
         self.count, self.scalars_count = offset // _FRAGMENT.size, len(index_of)
         self.fragments = (ctypes.c_char * len(fragments)).from_buffer(fragments)
         self.scalars = (ctypes.c_char * len(records)).from_buffer(records)
 
-    def _tensor(self, tensor: Tensor) -> tuple[int, int, int, int] | None:
-        """Data, shape, dtype and dims; None where there are more dimensions than the library walks."""
+
+class _Place:
+    """Where a tensor's elements lie: ``packed`` is a ``struct lowmem_adam_tensor``, ``shape`` what it points to."""
+
+    __slots__ = ("dims", "packed", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        dtype = _DTYPES[tensor.dtype]
         if tensor.is_contiguous():
-            return tensor.data_ptr(), 0, _DTYPES[tensor.dtype], 0
+            self.dims = 0
+            self.packed = (tensor.data_ptr(), 0, dtype, 0)
+            return
         merged = merged_dimensions(tensor)
-        if len(merged) > MAX_DIMS:
-            return None
         sizes, strides = zip(*merged, strict=True)
-        shape = (ctypes.c_int64 * (2 * len(merged)))(*sizes, *strides)
-        self._shapes.append(shape)
-        return tensor.data_ptr(), ctypes.addressof(shape), _DTYPES[tensor.dtype], len(merged)
+        self.dims = len(merged)
+        self.shape = (ctypes.c_int64 * (2 * len(merged)))(*sizes, *strides)
+        self.packed = (tensor.data_ptr(), ctypes.addressof(self.shape), dtype, self.dims)
+
+
+class _FragmentPlace:
+    """What the library is told of a checked fragment, but for its gradient and hyperparameters."""
+
+    __slots__ = ("numel", "param", "rest")
+
+    def __init__(self, fragment: Fragment) -> None:
+        _check(fragment)
+        moments, layout = fragment.moments, fragment.layout
+        self.numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
+        self.param = _Place(fragment.param)
+        pointers = [tensor.data_ptr() for tensor in moments]
+        if not isinstance(moments, CodedMoments):
+            pointers += [0, 0]
+        self.rest = (*pointers, layout.rows, layout.cols, fragment.first_block, fragment.end_block)
+
+
+def _place_of(fragment: Fragment) -> _FragmentPlace:
+    """From the fragment's cache, if it has one; the gradient is checked each time."""
+    cache = fragment.cache
+    place: _FragmentPlace | None = None if cache is None else cache.get("cpu")
+    if place is None:
+        place = _FragmentPlace(fragment)
+        if cache is not None:
+            cache["cpu"] = place
+    grad, dtype = fragment.grad, fragment.param.dtype
+    if (grad.dtype is not dtype and grad.dtype is not torch.float32) or grad.numel() != place.numel or not grad.is_cpu:
+        raise ValueError(
+            f"gradient of dtype {grad.dtype} has {grad.numel()} elements on {grad.device}; "
+            f"accepted: {dtype} or torch.float32, {place.numel}, cpu"
+        )
+    return place
 
 
 def merged_dimensions(tensor: Tensor) -> list[tuple[int, int]]:
@@ -293,33 +326,28 @@ def _to_float32(value: float) -> float:
 
 
 def _check(fragment: Fragment) -> None:
-    """Everything that the library takes on trust."""
-    param, grad, moments, layout = fragment.param, fragment.grad, fragment.moments, fragment.layout
+    """Everything about parameter and moments that the library takes on trust."""
+    param, moments, layout = fragment.param, fragment.moments, fragment.layout
     numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
-    if param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32):
+    if param.dtype not in _DTYPES or param.numel() != numel or not param.is_cpu:
         raise ValueError(
-            f"parameter and gradient have dtypes {param.dtype} and {grad.dtype}; "
-            f"accepted: {', '.join(map(str, _DTYPES))}, and gradients of the same or torch.float32"
+            f"parameter of dtype {param.dtype} has {param.numel()} elements on {param.device}; "
+            f"accepted: {', '.join(map(str, _DTYPES))}, {numel}, cpu"
         )
     blocks = fragment.end_block - fragment.first_block
-    held: tuple[tuple[Tensor, torch.dtype, int], ...]
+    held: tuple[tuple[str, torch.dtype, int], ...]
     if isinstance(moments, CodedMoments):
         held = (
-            (moments.exp_avg_code, torch.int8, numel),
-            (moments.exp_avg_sq_code, torch.uint8, numel),
-            (moments.block_floor, torch.uint8, blocks),
-            (moments.block_span, torch.uint8, blocks),
+            ("exp_avg_code", torch.int8, numel),
+            ("exp_avg_sq_code", torch.uint8, numel),
+            ("block_floor", torch.uint8, blocks),
+            ("block_span", torch.uint8, blocks),
         )
     else:
-        held = ((moments.exp_avg, torch.float32, numel), (moments.exp_avg_sq, torch.float32, numel))
-    for tensor, dtype, elements in held:
+        held = (("exp_avg", torch.float32, numel), ("exp_avg_sq", torch.float32, numel))
+    for (name, dtype, elements), tensor in zip(held, moments, strict=True):
         if tensor.dtype != dtype or tensor.numel() != elements or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(
-                f"moments have a tensor of dtype {tensor.dtype} with {tensor.numel()} elements on {tensor.device}, "
-                f"contiguous: {tensor.is_contiguous()}; accepted: {dtype}, {elements}, cpu, contiguous"
-            )
-    for tensor in (param, grad):
-        if tensor.numel() != numel or not tensor.is_cpu:
-            raise ValueError(
-                f"parameter or gradient has {tensor.numel()} elements on {tensor.device}; accepted: {numel} on cpu"
+                f"{name} of dtype {tensor.dtype} has {tensor.numel()} elements on {tensor.device}, contiguous: "
+                f"{tensor.is_contiguous()}; accepted: {dtype}, {elements}, cpu, contiguous"
             )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lowmem_adam.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class CodedMoments:
+class CodedMoments(NamedTuple):
     """8-bit moments of a fragment, contiguous: codes in the parameter's order, metadata one entry a block.
 
     ``exp_avg_code`` int8 and ``exp_avg_sq_code`` uint8 have as many elements as the fragment; ``block_floor`` and
@@ -24,21 +24,22 @@ class CodedMoments:
     block_span: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class FullMoments:
+class FullMoments(NamedTuple):
     """fp32 moments of a fragment, contiguous, in the parameter's order."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(NamedTuple):
     """Blocks ``[first_block, end_block)`` of one parameter: what one rank steps of it.
 
     ``param`` (float32, bfloat16 or float16) and ``grad`` (the same dtype or float32) hold the elements of these
     blocks and nothing else, in row-major order of whatever strides. ``layout`` is that of the whole parameter, so
     that block ordinals, and with them every rounding decision, do not depend on how it was cut.
+
+    ``cache`` is the owner's, who hands over the same dictionary with the same ``param``, ``moments`` and blocks from
+    step to step: a backend may keep there what it found out about them. Without one it finds out each time.
     """
 
     param: Tensor
@@ -47,6 +48,7 @@ class Fragment:
     layout: Layout
     first_block: int
     end_block: int
+    cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
