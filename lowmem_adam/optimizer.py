@@ -83,6 +83,10 @@ class Adam8bit(torch.optim.Optimizer):
 
     _decoupled = False
 
+    # Set from outside by who scales gradients, for the time of a step; see _grad_factor.
+    grad_scale: Tensor
+    found_inf: Tensor
+
     def __init__(
         self,
         params: ParamsT,

@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"accelerate", "deepspeed", "bitsandbytes", "train", "bench", "test", "all"}
+EXTRAS = {"accelerate", "cli", "deepspeed", "bitsandbytes", "train", "bench", "test", "all"}
 SOURCES = (".py", ".sh", ".cpp", ".h", ".inl")
 MAX_LINES = 500
 
