@@ -36,7 +36,8 @@ class _Work(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    group: dict[str, Any]
+    moments: str
+    backend: str
     scalars: StepScalars
     label: str
 
@@ -182,10 +183,10 @@ class Adam8bit(torch.optim.Optimizer):
         if found_inf is not None and float(found_inf) > 0:
             return loss
         work = self._checked_work(self._grad_factor())
-        for param, _, group, _, label in work:
+        for param, _, moments, _, _, label in work:
             if not self.state.get(param):
-                state = self.state[param] = new_state(param, group["moments"])
-                self._prepared[param] = Prepared(param, state, group["moments"], label)
+                state = self.state[param] = new_state(param, moments)
+                self._prepared[param] = Prepared(param, state, moments, label)
         self._update(work)
         self._clip_coefficient = 1.0
         self._warn_of_skipped()
@@ -237,6 +238,7 @@ class Adam8bit(torch.optim.Optimizer):
             settings.check_group(group, f"param group {group_index}")
             lr = float(group["lr"])
             records: dict[int, StepScalars] = {}
+            backends: dict[torch.device, str] = {}
             names = group.get("param_names")
             for index, param in enumerate(group["params"]):
                 grad = param.grad
@@ -244,6 +246,8 @@ class Adam8bit(torch.optim.Optimizer):
                     continue
                 label = f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
                 state = self._checked_state(param, grad, group["moments"], label)
+                if param.device not in backends:
+                    backends[param.device] = kernels.choose(group["backend"], param.device)
                 if group["nonfinite"] == "error" and not inputs.is_finite(grad, grad_factor):
                     count = int((~(grad * grad_factor).isfinite()).sum())
                     raise ValueError(
@@ -253,7 +257,8 @@ class Adam8bit(torch.optim.Optimizer):
                 step = int(state["step"]) + 1 if state else 1
                 if step not in records:
                     records[step] = _scalars(group, lr, step, grad_factor, label)
-                work.append(_Work(param, grad, group, records[step], label))
+                backend = backends[param.device]
+                work.append(_Work(param, grad, group["moments"], backend, records[step], label))
         return work
 
     def _checked_state(self, param: Tensor, grad: Tensor, moments: str, label: str) -> Mapping[str, Tensor] | None:
@@ -276,13 +281,12 @@ class Adam8bit(torch.optim.Optimizer):
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, work: list[_Work]) -> None:
-        calls: dict[tuple[str | None, torch.device], list[Work]] = {}
-        for param, grad, group, scalars, _ in work:
+        calls: dict[tuple[str, torch.device], list[Work]] = {}
+        for param, grad, _, backend, scalars, _ in work:
             fragment = self._prepared[param].fragment(grad)
-            calls.setdefault((group["backend"], param.device), []).append((fragment, scalars))
-        backends = {key: kernels.BACKENDS[kernels.choose(*key)] for key in calls}
+            calls.setdefault((backend, param.device), []).append((fragment, scalars))
         for (backend, device), fragments in calls.items():
-            skipped = backends[backend, device](fragments)
+            skipped = kernels.BACKENDS[backend](fragments)
             self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
         for item in work:
             self.state[item.param]["step"].fill_(item.scalars.step)

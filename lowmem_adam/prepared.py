@@ -32,12 +32,14 @@ class Prepared:
         ValueError: state that does not fit the parameter.
     """
 
-    __slots__ = ("_cache", "_device", "_layout", "_moments", "_param", "_setting", "_tensors")
+    __slots__ = ("_addresses", "_cache", "_device", "_layout", "_moments", "_param", "_setting", "_tensors")
 
     def __init__(self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str) -> None:
         check_state(state, param.shape, moments, label)
         inputs.check_devices(state, param, label)
         self._param = param.detach()
+        # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
+        self._addresses = _addresses(param, state)
         self._setting = moments
         self._tensors = tuple(state.items())
         self._moments = moments_of(state)
@@ -49,7 +51,7 @@ class Prepared:
         """Whether nothing has changed but values."""
         held = self._param
         return (
-            param.data_ptr() == held.data_ptr()
+            _addresses(param, state) == self._addresses
             and param.dtype is held.dtype
             and param.shape == held.shape
             and param.stride() == held.stride()
@@ -63,6 +65,10 @@ class Prepared:
         """The whole parameter, for a kernel."""
         layout = self._layout
         return Fragment(self._param, grad.detach(), self._moments, layout, 0, layout.n_blocks, self._cache)
+
+
+def _addresses(param: Tensor, state: Mapping[str, Tensor]) -> list[int]:
+    return [param.data_ptr(), *[tensor.data_ptr() for tensor in state.values()]]
 
 
 def is_plain_gradient(param: Tensor, grad: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_adam.codec import FORMAT, mix32
+from lowmem_adam.codec import FORMAT, SMALLEST_NORMAL, mix32
 from lowmem_adam.kernels import reference
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, StepScalars, Work
 
@@ -36,7 +37,8 @@ _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 
 # Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; rows, cols, first_block, end_block,
 # index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQ qqqqq")
-_SCALARS = struct.Struct("9f ii II")
+# Nine float32 by their bits, two flags, seed and step: struct lowmem_adam_scalars.
+_SCALARS = struct.Struct("9I ii II")
 
 
 class LibraryError(RuntimeError):
@@ -218,24 +220,26 @@ def _isa_number(library: Library, isa: str) -> int:
 class _Packed:
     """Fragments and hyperparameters as the library reads them.
 
-    ``left_over`` holds fragments of more dimensions than the library walks, for the reference to step.
+    ``left_over`` holds what the library cannot walk, for the reference to step: more dimensions than it takes, and
+    parameters that are negative views.
     """
 
     def __init__(self, work: Sequence[Work]) -> None:
         self.left_over: list[Work] = []
-        self._kept: list[_Place] = []  # the library reads shapes where these hold them
+        self._kept: list[object] = []  # what the library is given addresses of
         fragments, records = bytearray(_FRAGMENT.size * len(work)), bytearray()
         index_of: dict[int, int] = {}
         offset = 0
         for item in work:
             fragment, scalars = item
             place = _place_of(fragment)
-            grad = _Place(fragment.grad)
-            if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS:
+            # A view with the sign bit, such as the imaginary part of a conjugate, has other values than its memory.
+            grad_tensor = fragment.grad.resolve_neg()
+            grad = _Place(grad_tensor)
+            if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS or fragment.param.is_neg():
                 self.left_over.append(item)
                 continue
-            if grad.dims:
-                self._kept.append(grad)
+            self._kept += (place, grad, grad_tensor)
             index = index_of.get(id(scalars))
             if index is None:
                 index = index_of[id(scalars)] = len(index_of)
@@ -316,13 +320,18 @@ def _pack_scalars(s: StepScalars) -> bytes:
     betas = (s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2)
     rates = (s.eps, s.weight_decay, s.shrink, s.step_size, factor)
     return _SCALARS.pack(
-        *map(_to_float32, (*betas, *rates)), s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF
+        *map(_float32_bits, (*betas, *rates)), s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF
     )
 
 
-def _to_float32(value: float) -> float:
-    """Beyond float32 it is infinite, as for torch; ``struct`` would raise an error."""
-    return ctypes.c_float(value).value
+def _float32_bits(value: float) -> int:
+    """The bits of a double rounded to float32; infinite beyond its range.
+
+    What becomes subnormal is rounded in integers: under ``torch.set_flush_denormal(True)`` a conversion would lose it.
+    """
+    if abs(value) < SMALLEST_NORMAL:
+        return round(abs(value) * 2.0**149) | (0x80000000 if math.copysign(1.0, value) < 0 else 0)
+    return int.from_bytes(bytes(ctypes.c_float(value)), sys.byteorder)
 
 
 def _check(fragment: Fragment) -> None:

@@ -101,7 +101,8 @@ class StepScalars:
             beta1=beta1,
             beta2=beta2,
             eps=eps * root_correction,
-            weight_decay=0.0 if decoupled else weight_decay,
+            # What float32 rounds to zero is no decay, also of an infinite weight.
+            weight_decay=0.0 if decoupled or weight_decay <= 2.0**-150 else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
             step_size=lr * root_correction / (1.0 - beta1**step),
             grad_scale=grad_scale,

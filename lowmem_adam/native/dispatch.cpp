@@ -63,7 +63,7 @@ bool good_tensor(const lowmem_adam_tensor &t, int64_t numel) {
     return elements == numel;
 }
 
-int64_t blocks_per_row(const lowmem_adam_fragment &f) { return (f.cols + kBlockSize - 1) / kBlockSize; }
+int64_t blocks_per_row(const lowmem_adam_fragment &f) { return f.cols / kBlockSize + (f.cols % kBlockSize != 0); }
 
 // Elements before a block.
 int64_t block_start(const lowmem_adam_fragment &f, int64_t block) {
@@ -73,7 +73,10 @@ int64_t block_start(const lowmem_adam_fragment &f, int64_t block) {
 
 int32_t check(const lowmem_adam_fragment &f, int64_t scalars_count) {
     if (f.rows < 0 || f.cols < 0 || f.scalars < 0 || f.scalars >= scalars_count) return LOWMEM_ADAM_BAD_LAYOUT;
-    if (f.first_block < 0 || f.first_block > f.end_block || f.end_block > f.rows * blocks_per_row(f)) {
+    int64_t blocks, elements;
+    if (__builtin_mul_overflow(f.rows, blocks_per_row(f), &blocks) ||
+        __builtin_mul_overflow(f.rows, f.cols, &elements) || elements > INT64_MAX / 8 || f.first_block < 0 ||
+        f.first_block > f.end_block || f.end_block > blocks) {
         return LOWMEM_ADAM_BAD_LAYOUT;
     }
     const int32_t p = f.param.dtype, g = f.grad.dtype;
@@ -220,6 +223,7 @@ int32_t lowmem_adam_step(const struct lowmem_adam_fragment *fragments, int64_t c
     if (!step) return LOWMEM_ADAM_BAD_ISA;
     if (num_threads < 1) return LOWMEM_ADAM_BAD_THREADS;
     if (num_threads > 1 && in_forked_child) return LOWMEM_ADAM_FORKED;
+    if (count < 0) return LOWMEM_ADAM_BAD_LAYOUT;
     if (!skipped || (count > 0 && (!fragments || !scalars))) return LOWMEM_ADAM_BAD_POINTER;
     for (int64_t i = 0; i < count; ++i) {
         const int32_t status = check(fragments[i], scalars_count);

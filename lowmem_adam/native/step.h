@@ -98,7 +98,8 @@ inline void full_block(const Hyper<V> &h, const BlockData<P, G> &block, const Bl
         step_weight<V, path>(h, weight, exp_avg, root);
         four(EACH { V::store(exp_avgs + i + u * V::kLanes, exp_avg.v[u]); });
         four(EACH { V::store(exp_avg_sqs + i + u * V::kLanes, exp_avg_sq.v[u]); });
-        narrow<V, stochastic, path == Path::careful>(P{}, block.param + i, weight.v, dither.update, i);
+        // fp32 moments may hold a NaN of any bits.
+        narrow<V, stochastic, true>(P{}, block.param + i, weight.v, dither.update, i);
     }
 }
 

@@ -1,0 +1,397 @@
+"""What the tests of the native kernel share: hostile rows of numbers, fragments of every kind, and a comparison to the
+bit with the reference after every step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.kernels import cpu, reference
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
+from lowmem_adam.layout import Layout
+from tests.cases import Shape, everything, generator
+
+DTYPE_PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+)
+"""Of parameter and gradient: all that are accepted."""
+
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "decoupled": True,
+    "maximize": False,
+    "low_precision_update": "stochastic",
+    "nonfinite": "skip",
+    "seed": 5,
+}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "no decay": {"weight_decay": 0.0},
+    "Adam": {"decoupled": False},
+    "Adam of NaN": {"decoupled": False, "nonfinite": "propagate"},
+    "Adam with a decay that vanishes in float32": {"decoupled": False, "weight_decay": 1e-60},
+    "maximize": {"maximize": True},
+    "Adam, maximize": {"maximize": True, "decoupled": False, "grad_scale": 0.3},
+    "nearest": {"low_precision_update": "nearest"},
+    "propagate": {"nonfinite": "propagate"},
+    "propagate, nearest": {"nonfinite": "propagate", "low_precision_update": "nearest"},
+    "propagate, maximize": {"nonfinite": "propagate", "maximize": True},
+    "eps 0": {"eps": 0.0},
+    "eps 0, propagate": {"eps": 0.0, "nonfinite": "propagate"},
+    "denormal eps": {"eps": 1e-40},
+    "eps just below the smallest normal": {"eps": 1.1e-38},
+    "large eps": {"eps": 1e10},
+    "lr 0": {"lr": 0.0},
+    "denormal lr": {"lr": 1e-42, "weight_decay": 0.0},
+    "large lr": {"lr": 1e30},
+    "all decays": {"lr": 1.0, "weight_decay": 1.0},
+    "large L2": {"weight_decay": 1e30, "decoupled": False},
+    "betas 0": {"betas": (0.0, 0.0)},
+    "slow betas": {"betas": (1 - 2**-53, 1 - 2**-53)},
+    "fast second moment": {"betas": (0.95, 0.1)},
+    **{
+        f"gradients times {factor!r}, {mode}": {"grad_scale": factor, "nonfinite": mode}
+        for mode, factors in {
+            "skip": (0.0, 0.37, -0.37, 1e-60, 1 + 1e-12, 1e38, torch.inf, torch.nan),
+            "propagate": (0.0, 1e-40, 1e20, 1e60, torch.inf, torch.nan),
+        }.items()
+        for factor in factors
+    },
+}
+
+
+def without_library() -> str | None:
+    """Why there is no native library to test; None where there is one.
+
+    Raises:
+        LibraryError: it should be there: nobody switched it off, and a C++ compiler could have built it.
+    """
+    try:
+        cpu.load()
+    except cpu.LibraryError as error:
+        if os.environ.get("LOWMEM_ADAM_LIBRARY") != "none" and any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise
+        return str(error)
+    return None
+
+
+def isas() -> list[str]:
+    """The instruction sets of this library that this processor has."""
+    return [] if without_library() else [name for name in cpu.ISAS if cpu.load().has_isa(name)]
+
+
+def scalars(step: int, **changes: Any) -> StepScalars:
+    return StepScalars.at_step(step, **{**SETTINGS, **changes})
+
+
+# ---------------------------------------------------------------- numbers
+
+Row = Callable[[Tensor, Tensor], Tensor]
+"""From normal numbers and uniform ones in [0, 1) to the numbers of a row."""
+
+_INFINITY = torch.tensor(torch.inf)
+
+
+def _only(at: int, values: Tensor) -> Tensor:
+    """Zero but for one element in every 128."""
+    return torch.where(torch.arange(len(values)) % 128 == at, values, 0.0)
+
+
+GRADIENTS: dict[str, Row] = {
+    "normal": lambda n, u: n * 0.01,
+    "decades": lambda n, u: n * 10.0 ** (u * 14 - 12),
+    "more octaves than a grid has": lambda n, u: n.sign() * 2.0 ** (u * 80 - 60),
+    "1e-38 to 1e38": lambda n, u: n.sign() * 10.0 ** (u * 76 - 38),
+    "zeros between": lambda n, u: torch.where(u < 0.5, n * 0.0, n),
+    "zeros of both signs": lambda n, u: n * 0.0,
+    "one element": lambda n, u: _only(17, n),
+    "one tiny element": lambda n, u: _only(0, n * 1e-30),
+    "denormal": lambda n, u: n * 1e-40,
+    "squares that underflow": lambda n, u: n * 1e-22,
+    "squares that overflow": lambda n, u: n * 1e25,
+    "largest finite": lambda n, u: n.sign() * torch.finfo(torch.float32).max,
+    "constant": lambda n, u: torch.ones_like(n),
+    "powers of two": lambda n, u: n.sign() * 2.0 ** (u * 20 - 10).floor(),
+    "some infinite": lambda n, u: torch.where(u < 0.02, n.sign() * _INFINITY, n),
+    "one NaN": lambda n, u: torch.where(torch.arange(len(n)) == 3, torch.nan, n),
+    "all infinite": lambda n, u: n.sign() * _INFINITY,
+    "NaN of odd payloads": lambda n, u: n,  # by odd_nan
+}
+
+WEIGHTS: dict[str, Row] = {
+    "normal": lambda n, u: n * 0.1,
+    "1e-38 to 1e38": lambda n, u: n.sign() * 10.0 ** (u * 76 - 38),
+    "denormal": lambda n, u: torch.where(u < 0.5, n * 1e-40, n * 1e-6),
+    "zeros of both signs": lambda n, u: n * 0.0,
+    "not finite": lambda n, u: torch.where(u < 0.3, torch.nan, torch.where(u < 0.6, n.sign() * _INFINITY, n)),
+}
+
+
+def odd_nan(values: Tensor) -> None:
+    """Overwrite every third element by a NaN: of all bits but the sign, of all bits, signalling."""
+    if values.dtype == torch.float32:
+        words = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    else:
+        lowest = 0x7F81 if values.dtype == torch.bfloat16 else 0x7C01
+        words = torch.tensor([0x7FFF, -1, lowest], dtype=torch.int16)
+    places = values[::3]
+    places.copy_(words.repeat(len(places) // len(words) + 1)[: len(places)].view(values.dtype))
+
+
+def rows_of(kinds: Sequence[str], table: dict[str, Row], cols: int, dtype: torch.dtype, *key: int) -> Tensor:
+    """A matrix with a row of every kind named."""
+    rows = torch.empty(len(kinds), cols, dtype=dtype)
+    random = generator(*key)
+    for row, kind in zip(rows, kinds, strict=True):
+        row.copy_(table[kind](torch.randn(cols, generator=random), torch.rand(cols, generator=random)))
+        if kind == "NaN of odd payloads":
+            odd_nan(row)
+    return rows
+
+
+# ---------------------------------------------------------------- fragments
+
+
+def zero_moments(layout: Layout, first: int, end: int, moments: str) -> CodedMoments | FullMoments:
+    """Moments before the first step, whatever the parameter's size."""
+    numel = layout.block_start(end) - layout.block_start(first)
+    if moments == "32bit":
+        return FullMoments(torch.zeros(numel), torch.zeros(numel))
+    codes = (torch.zeros(numel, dtype=torch.int8), torch.zeros(numel, dtype=torch.uint8))
+    return CodedMoments(*codes, *(torch.zeros(end - first, dtype=torch.uint8) for _ in range(2)))
+
+
+def random_moments(layout: Layout, moments: str, *key: int) -> CodedMoments | FullMoments:
+    """Moments in the midst of a training: any codes, on grids of usual size."""
+    drawn, made = generator(*key), zero_moments(layout, 0, layout.n_blocks, moments)
+    if isinstance(made, FullMoments):
+        made.exp_avg_sq.copy_(torch.rand(layout.numel, generator=drawn) * 1e-4)
+        made.exp_avg.copy_(made.exp_avg_sq.sqrt() * torch.randn(layout.numel, generator=drawn))
+    else:
+        made.exp_avg_code.random_(-127, 128, generator=drawn)
+        made.exp_avg_sq_code.random_(0, 256, generator=drawn)
+        made.block_floor.random_(90, 125, generator=drawn)
+        made.block_span.random_(1, 25, generator=drawn)
+    return made
+
+
+def whole(param: Tensor, grad: Tensor, moments: str | CodedMoments | FullMoments = "8bit") -> Fragment:
+    """A parameter in one piece, with 8-bit moments also where the optimizer would keep fp32 ones."""
+    layout = Layout.of(param.shape)
+    held = zero_moments(layout, 0, layout.n_blocks, moments) if isinstance(moments, str) else moments
+    return Fragment(param, grad, held, layout, 0, layout.n_blocks)
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """All the memory that a tensor spans, also what lies between its elements."""
+    if tensor.numel() == 0:
+        return tensor.reshape(-1)
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((extent,), (1,))
+
+
+def moments_by_name(moments: CodedMoments | FullMoments) -> dict[str, Tensor]:
+    return moments._asdict()
+
+
+def twin(fragment: Fragment) -> Fragment:
+    """The same fragment in memory of its own: parameter and moments, not the gradient."""
+    param = memory(fragment.param).clone().as_strided(fragment.param.shape, fragment.param.stride(), 0)
+    held = {name: tensor.clone() for name, tensor in moments_by_name(fragment.moments).items()}
+    cache: dict[str, Any] | None = None if fragment.cache is None else {}
+    return fragment._replace(param=param, moments=type(fragment.moments)(**held), cache=cache)
+
+
+def cut(fragment: Fragment, first: int, end: int) -> Fragment:
+    """Blocks ``[first, end)`` of a contiguous fragment, as views."""
+    origin = fragment.layout.block_start(fragment.first_block)
+    part = slice(fragment.layout.block_start(first) - origin, fragment.layout.block_start(end) - origin)
+    blocks = slice(first - fragment.first_block, end - fragment.first_block)
+    held = {
+        name: tensor.view(-1)[blocks if name.startswith("block") else part]
+        for name, tensor in moments_by_name(fragment.moments).items()
+    }
+    param, grad = fragment.param.view(-1)[part], fragment.grad.view(-1)[part]
+    return fragment._replace(
+        param=param,
+        grad=grad,
+        moments=type(fragment.moments)(**held),
+        first_block=first,
+        end_block=end,
+        cache=None,
+    )
+
+
+# ---------------------------------------------------------------- comparison
+
+Snapshot = dict[str, Tensor]
+Step = Callable[[Fragment, StepScalars], Tensor]
+
+
+class Case(NamedTuple):
+    """A fragment, and what is done to it: a gradient and a record of hyperparameters for each step."""
+
+    start: Fragment
+    steps: Sequence[tuple[Tensor, StepScalars]]
+
+
+def native(isa: str | None = None, num_threads: int = 1) -> Step:
+    """The native kernel on one fragment."""
+    return lambda fragment, record: cpu.adam_step_([(fragment, record)], isa=isa, num_threads=num_threads)
+
+
+def snapshot(fragment: Fragment, skipped: Tensor | int = 0) -> Snapshot:
+    """Copies of everything that a step may change, and the count it returned."""
+    held = {name: tensor.clone() for name, tensor in moments_by_name(fragment.moments).items()}
+    return {"param": memory(fragment.param).clone(), **held, "skipped": torch.as_tensor(skipped)}
+
+
+def play(case: Case, step_: Step = reference.adam_step_) -> list[Snapshot]:
+    """What a kernel makes of a case: a snapshot after every step."""
+    now, seen = twin(case.start), []
+    for grad, record in case.steps:
+        skipped = step_(now._replace(grad=grad), record)
+        seen.append(snapshot(now, skipped))
+    return seen
+
+
+def different(a: Tensor, b: Tensor) -> Tensor:
+    """Elements whose bits differ, but for the payloads of NaN."""
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    if not a.is_floating_point():
+        return a != b
+    words = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return (a.view(words) != b.view(words)) & ~(a.isnan() & b.isnan())
+
+
+def differences(wanted: Sequence[Snapshot], got: Sequence[Snapshot]) -> list[str]:
+    """Where two plays of a case differ, in words."""
+    said = []
+    for step, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        assert list(a) == list(b)
+        for name in a:
+            places = different(a[name], b[name]).reshape(-1).nonzero().view(-1).tolist()
+            if places:
+                at = places[0]
+                values = f"{a[name].view(-1)[at].item()!r} and {b[name].view(-1)[at].item()!r}"
+                said.append(f"step {step}, {name}: {len(places)} of {a[name].numel()} differ, [{at}]: {values}")
+    return said
+
+
+def assert_same(wanted: Sequence[Snapshot], got: Sequence[Snapshot], where: str = "") -> None:
+    said = differences(wanted, got)
+    assert not said, f"{where}: " + "; ".join(said)
+
+
+# ---------------------------------------------------------------- many cases at once
+
+
+def one_step(
+    param: Tensor, grad: Tensor, moments: str | CodedMoments | FullMoments, step: int = 7, **changes: Any
+) -> Case:
+    return Case(whole(param, grad, moments), [(grad, scalars(step, **changes))])
+
+
+def mixed_work(count: int, seed: int, shapes: Callable[[random.Random, int], tuple[int, ...]]) -> list[Case]:
+    """Parameters of every dtype and setting, in the midst of training, one step each."""
+    drawn, made = random.Random(seed), []
+    names = list(CHANGES)
+    for index in range(count):
+        shape, pair = shapes(drawn, index), DTYPE_PAIRS[drawn.randrange(5)]
+        param = torch.randn(shape, generator=generator(seed, index)).to(pair[0])
+        grad = (torch.randn(shape, generator=generator(seed, index, 1)) * 0.01).to(pair[1])
+        if drawn.random() < 0.1 and param.numel():
+            grad.view(-1)[drawn.randrange(param.numel())] = drawn.choice([torch.inf, -torch.inf, torch.nan])
+        held = random_moments(Layout.of(shape), drawn.choice(["8bit", "32bit"]), seed, index, 2)
+        made.append(one_step(param, grad, held, drawn.randrange(1, 50), **CHANGES[names[drawn.randrange(len(names))]]))
+    return made
+
+
+def together(cases_: list[Case], isa: str | None = None, num_threads: int | None = 1) -> tuple[list[Snapshot], int]:
+    """All cases' first steps in one call."""
+    work = [(twin(case.start)._replace(grad=case.steps[0][0]), case.steps[0][1]) for case in cases_]
+    skipped = cpu.adam_step_(work, isa=isa, num_threads=num_threads)
+    assert skipped.dtype == torch.int64
+    assert skipped.shape == ()
+    return [snapshot(fragment) for fragment, _ in work], int(skipped)
+
+
+def one_by_one(cases_: list[Case]) -> tuple[list[Snapshot], int]:
+    played = [play(case)[0] for case in cases_]
+    skipped = sum(int(seen.pop("skipped")) for seen in played)
+    return [{**seen, "skipped": torch.tensor(0)} for seen in played], skipped
+
+
+# ---------------------------------------------------------------- layouts in memory
+
+
+def sliced(values: Tensor) -> Tensor:
+    """In the midst of more memory, not aligned to anything; what lies around is NaN."""
+    around = torch.full((values.numel() + 9,), torch.nan, dtype=values.dtype)
+    around[5:-4] = values.reshape(-1)
+    return around[5:-4].view(values.shape)
+
+
+def every_other(values: Tensor) -> Tensor:
+    around = torch.full((*values.shape[:-1], values.shape[-1] * 2), torch.nan, dtype=values.dtype)
+    around[..., ::2] = values
+    return around[..., ::2]
+
+
+def in_order(*order: int) -> Callable[[Tensor], Tensor]:
+    """Dimensions in memory in another order."""
+    back = [order.index(dimension) for dimension in range(len(order))]
+    return lambda values: values.permute(order).contiguous().permute(back)
+
+
+def reversed_order(values: Tensor) -> Tensor:
+    return in_order(*reversed(range(values.dim())))(values)
+
+
+MEMORY: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor], int]] = {
+    "unaligned": ((3, 300), sliced, 0),
+    "transposed": ((140, 9), lambda x: x.t().contiguous().t(), 2),
+    "permuted": ((3, 20, 30), in_order(2, 0, 1), 2),
+    "channels last": ((3, 16, 5, 5), lambda x: x.contiguous(memory_format=torch.channels_last), 3),
+    "every other": ((4, 150), every_other, 1),
+    "rows apart": ((5, 150), lambda x: torch.cat([x, x], dim=1)[:, :150], 2),
+    "a column": ((200,), lambda x: x[:, None].repeat(1, 3)[:, 1], 1),
+    "sizes of 1 between": (
+        (1, 12, 1, 40, 1),
+        lambda x: x.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+        2,
+    ),
+    "ten dimensions that merge to one": ((2,) * 10, every_other, 1),
+    "eight dimensions": ((2, 3, 2, 2, 3, 2, 2, 3), reversed_order, 8),
+    "ten dimensions": ((2,) * 10, reversed_order, 10),
+}
+"""Shape, how it lies in memory, and how many dimensions remain of it."""
+
+
+# ---------------------------------------------------------------- optimizers
+
+BIG = (Shape("300 blocks", (300, 100), True), Shape("few", (7,), False))
+"""Blocks enough for four threads."""
+
+
+def results(opt: torch.optim.Optimizer) -> dict[str, Any]:
+    """Parameters and state without the settings, of which ``backend`` may differ."""
+    held = everything(opt)
+    return {"params": held["params"], "state": held["state"]}
