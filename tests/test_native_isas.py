@@ -1,0 +1,146 @@
+"""The native library's instruction sets against one another: the same bits from each, whoever has to emulate it.
+
+``native/digest.cpp`` prints a hash of each group of cases. Those of this machine's processor run as they are; NEON, and
+plain C++ for ARM, cross-compiled under QEMU; AVX-512, where the processor has none, compiled by SIMDe to plain C++.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+NATIVE = TESTS.parent / "lowmem_adam" / "native"
+ARM = "aarch64-linux-gnu"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def run(*command: str | Path) -> str:
+    finished = subprocess.run(command, timeout=600, capture_output=True, text=True)
+    assert finished.returncode == 0, f"{command} ended with {finished.returncode}:\n{finished.stdout}{finished.stderr}"
+    return finished.stdout
+
+
+def tool(names: Sequence[str], package: str) -> str:
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    pytest.skip(f"needs {' or '.join(names)}, which is not on the PATH (Debian and Ubuntu: apt-get install {package})")
+
+
+@dataclass(frozen=True)
+class Build:
+    """The library built with cmake, and the program that runs it."""
+
+    folder: Path
+    compiler: str
+    objdump: Sequence[str]
+    runner: Sequence[str] = ()
+
+    def objects(self) -> dict[str, Path]:
+        return {path.name.removesuffix(".o"): path for path in (self.folder / "CMakeFiles").rglob("*.cpp.o")}
+
+    def digest(self, *sources: str | Path) -> Path:
+        """Build the program, with the shared library unless there are objects to link instead."""
+        library = (f"-L{self.folder}", "-llowmem_adam", f"-Wl,-rpath,{self.folder}")
+        program = self.folder / f"digest{len(sources)}"
+        flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
+        run(self.compiler, *flags, TESTS / "native/digest.cpp", *(sources or library), "-o", program)
+        return program
+
+
+def digests(command: Sequence[str | Path], isa: str) -> dict[str, str]:
+    lines = dict(line.split() for line in run(*command, isa).splitlines())
+    assert len(lines) >= 50
+    return lines
+
+
+def build(folder: Path, compiler: str, objdump: Sequence[str], *options: str, runner: Sequence[str] = ()) -> Build:
+    cmake, ninja = (tool([name], name + "-build" * (name == "ninja")) for name in ("cmake", "ninja"))
+    chosen = (f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}", *options)
+    run(cmake, "-S", NATIVE, "-B", folder, "-G", "Ninja", *chosen)
+    run(cmake, "--build", folder, "--parallel", "2")
+    return Build(folder, compiler, objdump, runner)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    compiler = tool([os.environ.get("CXX", "c++"), "g++", "clang++"], "g++")
+    return build(tmp_path_factory.mktemp("host"), compiler, ["objdump"])
+
+
+@pytest.fixture(scope="module")
+def expected(host: Build) -> dict[str, str]:
+    """What this machine's plain C++ gives."""
+    return digests([host.digest()], "scalar")
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    compiler = tool([f"{ARM}-g++"], f"g++-{ARM}")
+    system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    runner = ("qemu-aarch64", "-L", f"/usr/{ARM}")
+    return build(tmp_path_factory.mktemp("arm"), compiler, [f"{ARM}-objdump"], *system, runner=runner)
+
+
+def test_every_instruction_set_of_this_processor(host: Build, expected: dict[str, str]) -> None:
+    program = host.digest()
+    isas = run(program, "list").split()
+    assert isas[0] == "scalar"
+    for isa in isas[1:]:
+        assert differing(digests([program], isa), expected) == [], isa
+
+
+@pytest.mark.parametrize("isa", ["neon", "scalar"])
+def test_arm(isa: str, arm: Build, expected: dict[str, str]) -> None:
+    qemu = tool([arm.runner[0]], "qemu-user")
+    command = [qemu, *arm.runner[1:], str(arm.digest())]
+    assert set(run(*command, "list").split()) == {"scalar", "neon"}
+    assert differing(digests(command, isa), expected) == []
+
+
+def test_avx512_in_plain_cpp(host: Build, expected: dict[str, str]) -> None:
+    """Its source, compiled by SIMDe; dispatch.cpp takes the processor for one that has it."""
+    objects, emulation = host.objects(), TESTS / "native/simde"
+    if "isa_avx512.cpp" not in objects:
+        pytest.skip("needs an x86-64 processor")
+    flags = ("-std=c++17", "-ffp-contract=off", "-pthread", f"-I{NATIVE}", "-c")
+    simde = ("-DSIMDE_NO_NATIVE", "-DSIMDE_ENABLE_NATIVE_ALIASES", f"-I{emulation}", "-w", "-O1")
+    look = [host.compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run(look, input=b"#include <simde/x86/avx512.h>\n", timeout=120, capture_output=True).returncode:
+        pytest.skip("needs SIMDe's headers (Debian and Ubuntu: apt-get install libsimde-dev)")
+    made = host.folder / "isa_avx512.o", host.folder / "dispatch.o"
+    run(host.compiler, *flags, *simde, NATIVE / "isa_avx512.cpp", "-o", made[0])
+    run(host.compiler, *flags, "-O2", "-include", emulation / "every_cpu.h", NATIVE / "dispatch.cpp", "-o", made[1])
+    program = host.digest(*made, objects["isa_avx2.cpp"], objects["isa_scalar.cpp"])
+    assert differing(digests([program], "avx512"), expected) == []
+
+
+def differing(got: dict[str, str], expected: dict[str, str]) -> list[str]:
+    assert got.keys() == expected.keys()
+    return [name for name, digest in got.items() if digest != expected[name]]
+
+
+# Multiply-adds that round once, and estimates of quotients and roots, whose bits differ between makers.
+INEXACT = re.compile(r"v?fn?m(add|sub)\w*|v?r(cp|sqrt)\w+|fml[as]l?2?|fr(ecp|sqrt)[esx]")
+ROUNDS_ONCE = re.compile(r"v?(mul|div|sqrt)[sp]s|f(mul|div|sqrt)")
+
+
+@pytest.mark.parametrize("machine", ["host", "arm"])
+def test_every_float_operation_rounds_once(machine: str, request: pytest.FixtureRequest) -> None:
+    made: Build = request.getfixturevalue(machine)
+    objdump = tool(made.objdump, "binutils" if machine == "host" else f"binutils-{ARM}")
+    objects = {name: path for name, path in made.objects().items() if name.startswith("isa_")}
+    assert len(objects) >= 2
+    for name, path in objects.items():
+        code = run(objdump, "--disassemble", "--no-show-raw-insn", path)
+        instructions = set(re.findall(r"^ *[0-9a-f]+:\s+(\w+)", code, re.M))
+        floats = {instruction for instruction in instructions if ROUNDS_ONCE.fullmatch(instruction)}
+        assert len(floats) >= 3, f"{name}: {sorted(instructions)}"
+        assert {found for found in instructions if INEXACT.fullmatch(found)} == set(), name
