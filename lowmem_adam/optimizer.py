@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -235,7 +236,7 @@ class Adam8bit(torch.optim.Optimizer):
             self._prepared.clear()  # some belong to parameters that were taken out
         work: list[_Work] = []
         for group_index, group in enumerate(self.param_groups):
-            settings.check_group(group, f"param group {group_index}")
+            self._check_settings(group, group_index)
             lr = float(group["lr"])
             records: dict[int, StepScalars] = {}
             backends: dict[torch.device, str] = {}
@@ -260,6 +261,15 @@ class Adam8bit(torch.optim.Optimizer):
                 backend = backends[param.device]
                 work.append(_Work(param, grad, group["moments"], backend, records[step], label))
         return work
+
+    def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
+        """Check the settings of a group, unless they are the very objects of the last step."""
+        values = (len(group), *[group.get(name) for name in settings.REQUIRED], group.get("backend"))
+        known = self._checked.get(group_index, ())
+        changeable = isinstance(group["lr"], Tensor) or not isinstance(group["betas"], tuple)
+        if changeable or len(known) != len(values) or any(map(operator.is_not, values, known)):
+            settings.check_group(group, f"param group {group_index}")
+            self._checked[group_index] = values
 
     def _checked_state(self, param: Tensor, grad: Tensor, moments: str, label: str) -> Mapping[str, Tensor] | None:
         """The state of a parameter that can be stepped with this gradient; None before its first step."""
@@ -287,7 +297,7 @@ class Adam8bit(torch.optim.Optimizer):
             calls.setdefault((backend, param.device), []).append((fragment, scalars))
         for (backend, device), fragments in calls.items():
             skipped = kernels.BACKENDS[backend](fragments)
-            self._skipped[device] = self._skipped[device] + skipped if device in self._skipped else skipped
+            self._skipped[device] = self._skipped.get(device, 0) + skipped
         for item in work:
             self.state[item.param]["step"].fill_(item.scalars.step)
 
@@ -322,7 +332,8 @@ class Adam8bit(torch.optim.Optimizer):
         }
 
     def _reset_counters(self) -> None:
-        self._skipped: dict[torch.device, Tensor] = {}
+        self._skipped: dict[torch.device, Tensor | int] = {}
+        self._checked: dict[int, tuple[object, ...]] = {}
         self._warned = False
         self._clip_coefficient = 1.0
         # No state: what can be found out again. Neither saved nor copied.

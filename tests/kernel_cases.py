@@ -241,7 +241,7 @@ def cut(fragment: Fragment, first: int, end: int) -> Fragment:
 # ---------------------------------------------------------------- comparison
 
 Snapshot = dict[str, Tensor]
-Step = Callable[[Fragment, StepScalars], Tensor]
+Step = Callable[[Fragment, StepScalars], Tensor | int]
 
 
 class Case(NamedTuple):
@@ -328,8 +328,6 @@ def together(cases_: list[Case], isa: str | None = None, num_threads: int | None
     """All cases' first steps in one call."""
     work = [(twin(case.start)._replace(grad=case.steps[0][0]), case.steps[0][1]) for case in cases_]
     skipped = cpu.adam_step_(work, isa=isa, num_threads=num_threads)
-    assert skipped.dtype == torch.int64
-    assert skipped.shape == ()
     return [snapshot(fragment) for fragment, _ in work], int(skipped)
 
 

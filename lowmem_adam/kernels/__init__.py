@@ -1,7 +1,7 @@
 """Backends of the step, by name.
 
 A backend is a function ``step_(work) -> skipped blocks`` that steps many fragments in place; all give the same bits as
-``reference.adam_step_`` on one after the other.
+``reference.adam_step_`` on one after the other. The count is a tensor where reading it would wait for a device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lowmem_adam.kernels import cpu, reference
 from lowmem_adam.kernels.fragment import Work
 
-Backend = Callable[[Sequence[Work]], Tensor]
+Backend = Callable[[Sequence[Work]], Tensor | int]
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu.adam_step_, "reference": reference.adam_steps_}
 

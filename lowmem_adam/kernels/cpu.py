@@ -37,8 +37,10 @@ _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 
 # Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; rows, cols, first_block, end_block,
 # index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQ qqqqq")
-# Nine float32 by their bits, two flags, seed and step: struct lowmem_adam_scalars.
-_SCALARS = struct.Struct("9I ii II")
+# Nine float32, as such or by their bits, two flags, seed and step: struct lowmem_adam_scalars.
+_SCALARS = struct.Struct("9f ii II")
+_SCALARS_BY_BITS = struct.Struct("9I ii II")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class LibraryError(RuntimeError):
@@ -172,7 +174,7 @@ def describe() -> dict[str, str | int | None]:
     }
 
 
-def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int | None = None) -> Tensor:
+def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int | None = None) -> int:
     """One Adam step on many fragments, in place, as ``reference.adam_step_`` to the last bit.
 
     Args:
@@ -181,7 +183,7 @@ def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int
         num_threads: None for ``torch.get_num_threads()``. The result does not depend on it.
 
     Returns:
-        The number of blocks left as they were for a non-finite gradient, int64 scalar.
+        The number of blocks left as they were for a non-finite gradient.
 
     Raises:
         ValueError: a fragment of another device, dtype or size, or an instruction set that this machine lacks;
@@ -204,10 +206,8 @@ def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int
         )
     if status:
         raise RuntimeError(f"the native step refused its arguments: {_STATUS.get(status, status)}")
-    total = torch.tensor(skipped.value, dtype=torch.int64)
-    for fragment, scalars in packed.left_over:
-        total += reference.adam_step_(fragment, scalars)
-    return total
+    left_over = (int(reference.adam_step_(fragment, scalars)) for fragment, scalars in packed.left_over)
+    return skipped.value + sum(left_over)
 
 
 def _isa_number(library: Library, isa: str) -> int:
@@ -319,13 +319,15 @@ def _pack_scalars(s: StepScalars) -> bytes:
     factor = -s.grad_scale if s.maximize else s.grad_scale
     betas = (s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2)
     rates = (s.eps, s.weight_decay, s.shrink, s.step_size, factor)
-    return _SCALARS.pack(
-        *map(_float32_bits, (*betas, *rates)), s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF
-    )
+    values = (*betas, *rates)
+    rest = (s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF)
+    if all(value == 0.0 or SMALLEST_NORMAL <= abs(value) <= _FLOAT32_MAX for value in values):
+        return _SCALARS.pack(*values, *rest)
+    return _SCALARS_BY_BITS.pack(*map(_float32_bits, values), *rest)
 
 
 def _float32_bits(value: float) -> int:
-    """The bits of a double rounded to float32; infinite beyond its range.
+    """The bits of a double rounded to float32, infinite beyond its range.
 
     What becomes subnormal is rounded in integers: under ``torch.set_flush_denormal(True)`` a conversion would lose it.
     """
