@@ -79,14 +79,14 @@ class BlockLoop {
    public:
     BlockLoop(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s)
         : f_(f), s_(s), h_(s), scale_(s.grad_scale < 0 ? -s.grad_scale : s.grad_scale),
-          careful_(s.eps < kSmallestNormal || s.weight_decay != 0.0f),
+          careful_(s.eps < kSmallestNormal),
           direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + kBlockSize - 1) / kBlockSize),
           origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * kBlockSize) {}
 
     int64_t run(int64_t first, int64_t end) {
         if (careful_) {
             run_on<Path::careful>(first, end);
-        } else if (s_.grad_scale != 1.0f) {
+        } else if (s_.grad_scale != 1.0f || s_.weight_decay != 0.0f) {
             run_on<Path::scaled>(first, end);
         } else {
             run_on<Path::plain>(first, end);

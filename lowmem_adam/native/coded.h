@@ -79,9 +79,7 @@ class MomentsPass {
         });
         four(EACH { exp_avg_sq.v[u] = V::mul(root.v[u], root.v[u]); });
         four(EACH { exp_avg.v[u] = V::mul(V::load(between_.ratio + i + u * V::kLanes), root.v[u]); });
-        if (path == Path::careful) {
-            four(EACH { weight.v[u] = widen<V>(P{}, block_.param + i + u * V::kLanes); });
-        }
+        if (path != Path::plain) four(EACH { weight.v[u] = widen<V>(P{}, block_.param + i + u * V::kLanes); });
         four(EACH { grad.v[u] = widen<V>(G{}, block_.grad + i + u * V::kLanes); });
         step_moments<V, path>(h_, weight, grad, exp_avg, exp_avg_sq, root);
         four(EACH { V::store(between_.exp_avg + i + u * V::kLanes, exp_avg.v[u]); });
@@ -282,7 +280,7 @@ LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G> blo
     return true;
 }
 
-// Whatever there is: decay in the gradient, a denominator of zero, roots and moments that are not finite.
+// Whatever there is: a denominator of zero, roots and moments that are not finite.
 template <class V, class P, class G, bool stochastic>
 void careful_block(const Hyper<V> &h, const BlockData<P, G> &block, const BlockDither &dither) {
     using F = typename V::F;

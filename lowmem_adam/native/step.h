@@ -10,8 +10,8 @@ namespace {
 // What a block needs beyond the plain operations.
 enum class Path {
     plain,
-    scaled,   // gradients times a factor
-    careful,  // also decay of the gradient, roots that are not finite, a denominator of zero, NaN
+    scaled,   // gradients times a factor, and decay added to them
+    careful,  // also roots that are not finite, a denominator of zero, NaN
 };
 
 template <class V>
@@ -58,7 +58,7 @@ template <class V, Path path>
 LOWMEM_ADAM_INLINE void step_moments(const Hyper<V> &h, const Quad<V> &weight, Quad<V> &grad, Quad<V> &exp_avg,
                                      Quad<V> &exp_avg_sq, Quad<V> &root) {
     if (path != Path::plain) four(EACH { grad.v[u] = V::mul(grad.v[u], h.grad_scale); });
-    if (path == Path::careful && h.decays_gradient) {
+    if (path != Path::plain && h.decays_gradient) {
         four(EACH { grad.v[u] = V::add(grad.v[u], V::mul(weight.v[u], h.weight_decay)); });
     }
     four(EACH { exp_avg_sq.v[u] = V::mul(exp_avg_sq.v[u], h.beta2); });
