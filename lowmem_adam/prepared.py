@@ -51,14 +51,14 @@ class Prepared:
         """Whether nothing has changed but values."""
         held = self._param
         return (
-            _addresses(param, state) == self._addresses
-            and param.dtype is held.dtype
+            param.dtype is held.dtype
             and param.shape == held.shape
             and param.stride() == held.stride()
             and param.device == self._device
             and moments == self._setting
             and len(state) == len(self._tensors)
             and all(state.get(key) is tensor for key, tensor in self._tensors)
+            and _addresses(param, state) == self._addresses
         )
 
     def fragment(self, grad: Tensor) -> Fragment:
