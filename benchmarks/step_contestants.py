@@ -31,7 +31,7 @@ VALIDATION_STEPS = 10
 CODED_ERROR = 0.05
 
 # What an optional package may raise where it cannot be imported, built or run on this machine's CPU.
-UNAVAILABLE = (ImportError, OSError, RuntimeError, NotImplementedError, ValueError, AssertionError)
+UNAVAILABLE = (ImportError, OSError, RuntimeError, ValueError, AssertionError)
 
 Shape = tuple[int, ...]
 

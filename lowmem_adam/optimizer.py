@@ -182,6 +182,7 @@ class Adam8bit(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
+            self._clip_coefficient = 1.0  # it was of the gradients that are dropped here
             return loss
         work = self._checked_work(self._grad_factor())
         for param, _, moments, _, _, label in work:
