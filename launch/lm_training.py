@@ -19,6 +19,7 @@ from lm_checkpoint import load_checkpoint, save_checkpoint
 from lm_data import cut_windows
 from lm_job import Job, build_job, check_launch, start_accelerator
 from lm_settings import TrainingSettings
+from processes import leave
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -57,7 +58,7 @@ def run_job(job: Job) -> dict[str, Any]:
             reporting.write_report(settings.output_dir, summary)
         accelerator.wait_for_everyone()
     finally:
-        accelerator.end_training()
+        leave(accelerator)
     return summary
 
 

@@ -33,6 +33,7 @@ from image_training import (
     evaluate_part,
 )
 from optimizers import FACTORIES
+from processes import leave
 from reporting import json_line, write_json
 from rich.console import Console
 from rich.markup import escape
@@ -295,7 +296,8 @@ def main(
         accelerator.end_training()
         raise typer.Exit(2) from None
     status = run(Job(accelerator, console, images, split, out), settings, rates)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    leave(accelerator)
     raise typer.Exit(status)
 
 

@@ -26,15 +26,17 @@ EXPECTED = {
 }
 
 # One unbuffered write a rank: the lines of two ranks do not mix.
-SCRIPT = """
-import os, torch
+SCRIPT = f"""
+import os, sys, torch
+sys.path.insert(0, {str(CONFIGS.parent)!r})
 from accelerate import Accelerator
+from processes import leave
 
 accelerator = Accelerator()
 ranks = accelerator.gather(torch.tensor([accelerator.process_index])).tolist()
 world, backend = accelerator.num_processes, torch.distributed.get_backend()
-os.write(1, f"rank {accelerator.process_index} world {world} {backend} gathered {ranks}\\n".encode())
-accelerator.end_training()
+os.write(1, f"rank {{accelerator.process_index}} world {{world}} {{backend}} gathered {{ranks}}\\n".encode())
+leave(accelerator)
 """
 
 

@@ -435,6 +435,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from image_data import ImageSet, Normalizer
 from image_training import evaluate, make_loader
+from processes import leave
 
 class Pixel(torch.nn.Module):
     def forward(self, images):
@@ -451,7 +452,7 @@ for count in (1, 2, 5, 7, 8, 9, 16, 31):
     counts[count] = [result.labels.tolist(), result.predictions.tolist()]
 if accelerator.is_main_process:
     open(sys.argv[2], "w").write(json.dumps([accelerator.num_processes, counts]))
-accelerator.end_training()
+leave(accelerator)
 """
 
 
