@@ -6,7 +6,7 @@ floats. So the tensors go through it wrapped in an object it does not look into.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.state import check_state
+from lowmem_adam.state import Span, check_state
 
 MAX_STEP = 2**53
 """Steps are counted exactly in double, in which the bias corrections are computed."""
@@ -26,18 +26,32 @@ class _Sealed:
     tensor: Tensor
 
 
-def check(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+def check(
+    state_dict: Any, groups: Sequence[Mapping[str, Any]], span_of: Callable[[Tensor], Span | None] = lambda _: None
+) -> None:
     """Check saved state against the optimizer that is to load it, before anything changes.
 
     Args:
-        state_dict: as returned by ``state_dict()``.
+        state_dict: as returned by ``state_dict()``, of whole parameters or as ``local_state`` makes it.
         groups: the optimizer's own param groups.
+        span_of: the blocks of a parameter that the state is of; None for all.
 
     Raises:
         ValueError: not a state_dict; state of another optimizer or format version; another number of groups or
             parameters; a parameter of another shape; missing, surplus or wrong tensors; settings not accepted.
     """
-    _check_form(state_dict)
+    check_form(state_dict)
+    owners = _owners(state_dict, groups)
+    for key, state in state_dict["state"].items():
+        if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
+            continue
+        param, moments, label = owners[key]
+        check_state(state, param.shape, moments, label, span_of(param))
+        _check_values(state, label)
+
+
+def _owners(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[Tensor, str, str]]:
+    """The optimizer's parameter, its ``moments`` and its label for every saved id; checks groups and ids."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
@@ -53,16 +67,13 @@ def check(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     for key, state in state_dict["state"].items():
         if key not in owners:
             raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
-        if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
-            continue
-        param, moments, label = owners[key]
         if not isinstance(state, Mapping):
+            label = owners[key][2]
             raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
-        check_state(state, param.shape, moments, label)
-        _check_values(state, label)
+    return owners
 
 
-def _check_form(state_dict: Any) -> None:
+def check_form(state_dict: Any) -> None:
     """A dictionary with a dictionary ``state`` and a list of dictionaries ``param_groups``."""
     accepted = "accepted: a dictionary made by state_dict()"
     if not isinstance(state_dict, Mapping):

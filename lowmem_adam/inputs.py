@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,28 @@ def check_param(param: Any, label: str) -> None:
     # those of one rank's shard, which must not decide what is coded.
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(f"{label} is (part of) an FSDP1 flat parameter; accepted: plain parameters, replicated by DDP")
+
+
+def check_params(params: Sequence[Any], groups: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Check the parameters of a new param group.
+
+    Args:
+        params: parameters, or (name, parameter) pairs.
+        groups: the param groups there are.
+        where: names the new one in errors.
+
+    Raises:
+        TypeError: as ``check_param``.
+        ValueError: as ``check_param``; also a parameter given twice, here or in another group.
+    """
+    seen = {id(p): f"param group {g}" for g, group in enumerate(groups) for p in group["params"]}
+    for index, entry in enumerate(params):
+        name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
+        label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
+        check_param(param, label)
+        if id(param) in seen:
+            raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
+        seen[id(param)] = label
 
 
 def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:

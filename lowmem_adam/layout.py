@@ -123,22 +123,34 @@ class Run:
     end_block: int
 
 
-def cut_into_shards(layouts: Sequence[Layout], world_size: int) -> list[list[Run]]:
+def cut_into_shards(layouts: Sequence[Layout], world_size: int, loads: Sequence[int] | None = None) -> list[list[Run]]:
     """Cut the blocks of all parameters, taken as one list, into ``world_size`` contiguous shards.
 
-    Rank r gets blocks ``[r * total // world_size, (r + 1) * total // world_size)`` of the list, so shards
-    differ by at most one block whatever the shapes; a rank may get none where there are too few.
+    Shards differ by at most one block whatever the shapes; a rank may get none where there are too few. Where ranks
+    have blocks already, these new ones are cut so that all of a rank's blocks together differ by at most one: ranks
+    that have more than others by then, and of equal ones the first, keep the block that is over.
+
+    Args:
+        layouts: of the parameters, in an order that all ranks share.
+        world_size: number of shards.
+        loads: blocks that each rank has of earlier parameters, differing by at most one.
 
     Raises:
         ValueError: ``world_size`` is below 1.
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; accepted: integers from 1")
-    total = sum(layout.n_blocks for layout in layouts)
+    held = [0] * world_size if loads is None else list(loads)
+    assert len(held) == world_size
+    assert max(held) - min(held) <= 1, f"loads are {held}"
+    base, over = divmod(sum(held) + sum(layout.n_blocks for layout in layouts), world_size)
+    with_one_more = sorted(range(world_size), key=lambda rank: (-held[rank], rank))[:over]
     shards: list[list[Run]] = []
+    first = 0
     for rank in range(world_size):
-        first, end = rank * total // world_size, (rank + 1) * total // world_size
+        end = first + base + (rank in with_one_more) - held[rank]
         shards.append(list(_runs_between(layouts, first, end)))
+        first = end
     return shards
 
 
@@ -149,3 +161,32 @@ def _runs_between(layouts: Sequence[Layout], first: int, end: int) -> Iterator[R
         if low < high:
             yield Run(param, low, high)
         offset += layout.n_blocks
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Cover flat elements ``[start, stop)`` of a row-major tensor by boxes, given as indices, in order.
+
+    A run of whole sub-tensors is one box; a run that begins or ends inside of one gives boxes of it. So a tensor of d
+    dimensions takes at most 2d - 1, and the elements of one after the other are the elements asked for, whatever the
+    strides.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    first, end = -(-start // inner), stop // inner  # whole sub-tensors
+    if first > end:  # all of it lies inside of one
+        yield from _boxes_inside(shape, end, start - end * inner, stop - end * inner)
+        return
+    if start < first * inner:
+        yield from _boxes_inside(shape, first - 1, start - (first - 1) * inner, inner)
+    if first < end:
+        yield (slice(first, end), *[slice(0, size) for size in shape[1:]])
+    yield from _boxes_inside(shape, end, 0, stop - end * inner)
+
+
+def _boxes_inside(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    for box in boxes(shape[1:], start, stop):
+        yield (slice(index, index + 1), *box)

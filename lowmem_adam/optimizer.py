@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import checkpoint, inputs, kernels, settings
+from lowmem_adam import agreement, checkpoint, inputs, kernels, resharding, settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.kernels.fragment import StepScalars, Work
-from lowmem_adam.prepared import Prepared, is_plain_gradient
+from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
+from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import memory_by_kind, new_state
+from lowmem_adam.stepping import Stepper, Task, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,28 +30,22 @@ class _Keywords(TypedDict, total=False):
     nonfinite: str
     seed: int
     backend: str | None
-
-
-class _Work(NamedTuple):
-    """A parameter that this step changes, with everything about it checked."""
-
-    param: Tensor
-    grad: Tensor
-    moments: str
-    backend: str
-    scalars: StepScalars
-    label: str
+    shard_group: Any
+    bucket_cap_mb: float
 
 
 class Adam8bit(torch.optim.Optimizer):
     """Adam with 8-bit moments: about 2.02 bytes of state a parameter instead of 8.
 
-    A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has three phases:
+    A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has four phases:
 
-    1. *check*: settings, gradients and state of all parameters; an error leaves everything unchanged;
-    2. *state*: zero moments for parameters that get their first gradient;
-    3. *update*: all parameters in one pass and one call: gradient factor, finite check, decode, Adam in fp32, encode;
-       blocks with a non-finite gradient stay.
+    1. *cut*: parameters that are new are cut into a shard for each rank, of which there may be only one;
+    2. *check*: settings, gradients and state of all parameters; an error leaves everything unchanged. At a first step
+       ranks compare what they hold;
+    3. *state*: zero moments for this rank's blocks of parameters that get their first gradient;
+    4. *update*: this rank's shard, bucket by bucket, each in one pass and one call: gradient factor, finite check,
+       decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next bucket's step all ranks
+       send one another what they stepped.
 
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
     least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
@@ -74,6 +68,13 @@ class Adam8bit(torch.optim.Optimizer):
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then, or
             ``"reference"``. All give the same bits. It is the machine's: a load does not change it.
+        shard_group: the ranks that share the moments, each of them keeping its part (ZeRO-1): ``"world"`` for the
+            default process group, a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for all moments on
+            every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
+            of them gives the same bits. Looked up at the first step, so ``"world"`` may come before
+            ``init_process_group``.
+        bucket_cap_mb: MiB of parameters that ranks send one another at a time, as in ``DistributedDataParallel``; a
+            step takes no more memory than that.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.
@@ -89,6 +90,10 @@ class Adam8bit(torch.optim.Optimizer):
     grad_scale: Tensor
     found_inf: Tensor
 
+    _partition: Partition | None
+    _stepper: Stepper
+    _consolidated: dict[str, Any] | None
+
     def __init__(
         self,
         params: ParamsT,
@@ -103,9 +108,13 @@ class Adam8bit(torch.optim.Optimizer):
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str | None = None,
+        shard_group: Any = None,
+        bucket_cap_mb: float = 64.0,
         **unsupported: object,
     ) -> None:
         settings.refuse_keywords(unsupported)
+        check_shard_group(shard_group)
+        check_bucket_cap(bucket_cap_mb)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -121,7 +130,7 @@ class Adam8bit(torch.optim.Optimizer):
             "format_version": FORMAT.version,
         }
         settings.check_group(defaults, type(self).__name__)
-        self._reset_counters()
+        self._reset(shard_group, bucket_cap_mb)
         super().__init__(params, settings.normalised(defaults))
 
     # ---------------------------------------------------------------- param groups
@@ -145,19 +154,11 @@ class Adam8bit(torch.optim.Optimizer):
             if group[name] != self.defaults[name]:
                 raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
         if not isinstance(params, set):
-            self._check_params([params] if isinstance(params, Tensor) else params, group["backend"], where)
+            given = [params] if isinstance(params, Tensor) else params
+            inputs.check_params(given, self.param_groups, where)
+            for entry in given:
+                kernels.choose(group["backend"], (entry[1] if isinstance(entry, tuple) else entry).device)
         super().add_param_group(settings.normalised(group))
-
-    def _check_params(self, params: list[Any], backend: str | None, where: str) -> None:
-        seen = {id(p): f"param group {g}" for g, group in enumerate(self.param_groups) for p in group["params"]}
-        for index, entry in enumerate(params):
-            name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
-            label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
-            inputs.check_param(param, label)
-            kernels.choose(backend, param.device)
-            if id(param) in seen:
-                raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
-            seen[id(param)] = label
 
     # ---------------------------------------------------------------- step
 
@@ -184,15 +185,66 @@ class Adam8bit(torch.optim.Optimizer):
         if found_inf is not None and float(found_inf) > 0:
             self._clip_coefficient = 1.0  # it was of the gradients that are dropped here
             return loss
-        work = self._checked_work(self._grad_factor())
-        for param, _, moments, _, _, label in work:
-            if not self.state.get(param):
-                state = self.state[param] = new_state(param, moments)
-                self._prepared[param] = Prepared(param, state, moments, label)
-        self._update(work)
+        partition = self._cut()
+        tasks = self._checked(partition)
+        self._stepper.make_state(tasks, self.state, partition)
+        self._stepper.update(tasks, self.state, partition)
+        self._consolidated = None
         self._clip_coefficient = 1.0
         self._warn_of_skipped()
         return loss
+
+    def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
+        """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
+        if self._partition is None:
+            self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
+        partition = self._partition
+        params = [param for group in self.param_groups for param in group["params"]]
+        if partition.world.size == 1 and len(partition) > len(params):  # some were taken out
+            partition = self._partition = Partition(partition.world, partition.bucket_bytes)
+        new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
+        if new:
+            partition.extend(new)
+            self._agreed = False
+        return partition
+
+    def _checked(self, partition: Partition) -> list[Task]:
+        """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
+        world = partition.world
+        tasks: list[Task] = []
+        refusal: Exception | None = None
+        try:
+            tasks = self._stepper.check(self.param_groups, self.state, partition, self._grad_factor())
+        except Exception as error:  # noqa: BLE001 (raised below, after the others have been told)
+            refusal = error
+        if world.size > 1:
+            if not self._agreed:
+                agreement.agree(agreement.describe(self.param_groups, self._steps_of), world, refusal)
+            elif any(group["nonfinite"] == "error" for group in self.param_groups):
+                device = next(iter(partition.params)).device
+                if agreement.any_rank(refusal is not None, device, world):
+                    agreement.agree([], world, refusal)
+        if refusal is not None:
+            raise refusal
+        self._agreed = True
+        return tasks
+
+    def _steps_of(self, param: Tensor) -> int:
+        state = self.state.get(param)
+        return int(state["step"]) if state else 0
+
+    def check_replicas(self) -> None:
+        """Compare the bits of all parameters among the ranks of ``shard_group``; a collective of 8 bytes a parameter.
+
+        Raises:
+            RuntimeError: on every rank, if they differ; names the parameters and ranks.
+        """
+        labelled = [
+            (label_of(group, group_index, index), param)
+            for group_index, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+        ]
+        agreement.compare_replicas(labelled, self._cut().world)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
@@ -227,90 +279,15 @@ class Adam8bit(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         return self._clip_coefficient if scale is None else self._clip_coefficient / float(scale)
 
-    def _checked_work(self, grad_factor: float) -> list[_Work]:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
-                "accepted: steps outside of captures"
-            )
-        if len(self._prepared) > sum(len(group["params"]) for group in self.param_groups):
-            self._prepared.clear()  # some belong to parameters that were taken out
-        work: list[_Work] = []
-        for group_index, group in enumerate(self.param_groups):
-            self._check_settings(group, group_index)
-            lr = float(group["lr"])
-            records: dict[int, StepScalars] = {}
-            backends: dict[torch.device, str] = {}
-            names = group.get("param_names")
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                label = f"param group {group_index}, parameter {index}" + (f" ({names[index]!r})" if names else "")
-                state = self._checked_state(param, grad, group["moments"], label)
-                if param.device not in backends:
-                    backends[param.device] = kernels.choose(group["backend"], param.device)
-                if group["nonfinite"] == "error" and not inputs.is_finite(grad, grad_factor):
-                    count = int((~(grad * grad_factor).isfinite()).sum())
-                    raise ValueError(
-                        f"{label}: {count} of {grad.numel()} gradient elements are not finite; accepted with "
-                        'nonfinite="error": finite gradients'
-                    )
-                step = int(state["step"]) + 1 if state else 1
-                if step not in records:
-                    records[step] = _scalars(group, lr, step, grad_factor, label)
-                backend = backends[param.device]
-                work.append(_Work(param, grad, group["moments"], backend, records[step], label))
-        return work
-
-    def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
-        """Check the settings of a group, unless they are the very objects of the last step."""
-        values = (len(group), *[group.get(name) for name in settings.REQUIRED], group.get("backend"))
-        known = self._checked.get(group_index, ())
-        changeable = isinstance(group["lr"], Tensor) or not isinstance(group["betas"], tuple)
-        if changeable or len(known) != len(values) or any(map(operator.is_not, values, known)):
-            settings.check_group(group, f"param group {group_index}")
-            self._checked[group_index] = values
-
-    def _checked_state(self, param: Tensor, grad: Tensor, moments: str, label: str) -> Mapping[str, Tensor] | None:
-        """The state of a parameter that can be stepped with this gradient; None before its first step."""
-        # Not self.state[param], which would leave an empty entry behind.
-        state: dict[str, Tensor] | None = self.state.get(param) or None
-        prepared = self._prepared.get(param)
-        known = state is not None and prepared is not None and prepared.fits(param, state, moments)
-        if not known:
-            inputs.check_param(param, label)
-        if not is_plain_gradient(param, grad):
-            inputs.check_gradient(param, grad, label)
-        if not known:
-            self._prepared.pop(param, None)
-            if state is not None:
-                self._prepared[param] = Prepared(param, state, moments, label)
-        return state
-
-    # What compilers make of the kernel may round differently. This is what torch.optim uses itself: unlike
-    # torch.compiler.disable it does not import the compiler together with this module.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self, work: list[_Work]) -> None:
-        calls: dict[tuple[str, torch.device], list[Work]] = {}
-        for param, grad, _, backend, scalars, _ in work:
-            fragment = self._prepared[param].fragment(grad)
-            calls.setdefault((backend, param.device), []).append((fragment, scalars))
-        for (backend, device), fragments in calls.items():
-            skipped = kernels.BACKENDS[backend](fragments)
-            self._skipped[device] = self._skipped.get(device, 0) + skipped
-        for item in work:
-            self.state[item.param]["step"].fill_(item.scalars.step)
-
     # ---------------------------------------------------------------- what happened, and what is held
 
     def stats(self) -> dict[str, int]:
         """Counts since construction: ``skipped_blocks``, blocks left out of a step for a non-finite gradient.
 
-        The first skip is warned of by ``step`` on the CPU; on an accelerator by this method, since reading the count
-        waits for the device.
+        Of a sharded optimizer, those of this rank's shard. The first skip is warned of by ``step`` on the CPU; on an
+        accelerator by this method, since reading the count waits for the device.
         """
-        count = sum(int(skipped) for skipped in self._skipped.values())
+        count = sum(int(skipped) for skipped in self._stepper.skipped.values())
         self._warn_of(count, stacklevel=3)
         return {"skipped_blocks": count}
 
@@ -318,8 +295,9 @@ class Adam8bit(torch.optim.Optimizer):
         """Bytes of optimizer state, measured from the tensors held.
 
         Returns:
-            ``parameters``: elements of all parameters; ``bytes``: by kind of tensor; ``total_bytes``;
-            ``bytes_per_parameter``; ``ranks``: total bytes of every rank. State exists from the first step on.
+            ``parameters``: elements of all parameters; ``bytes``: by kind of tensor, on this rank; ``total_bytes``, on
+            this rank; ``bytes_per_parameter``, of this rank's bytes; ``ranks``: total bytes of every rank, those of
+            others by what they hold of the parameters that have state here. State exists from the first step on.
         """
         parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
         kinds = memory_by_kind(list(self.state.values()))
@@ -329,19 +307,23 @@ class Adam8bit(torch.optim.Optimizer):
             "bytes": kinds,
             "total_bytes": total,
             "bytes_per_parameter": total / parameters if parameters else 0.0,
-            "ranks": [total],
+            "ranks": [total] if self._partition is None else resharding.bytes_by_rank(self.state, self._partition),
         }
 
-    def _reset_counters(self) -> None:
-        self._skipped: dict[torch.device, Tensor | int] = {}
-        self._checked: dict[int, tuple[object, ...]] = {}
+    def _reset(self, shard_group: Any, bucket_cap_mb: float) -> None:
+        self._shard_group = shard_group
+        self._bucket_cap_mb = bucket_cap_mb
+        self._partition = None
+        self._stepper = Stepper()
+        self._agreed = False
+        self._meetings = 0
+        # What consolidate_state_dict made, for the state_dict() that follows: a whole on one rank, {} on the others.
+        self._consolidated = None
         self._warned = False
         self._clip_coefficient = 1.0
-        # No state: what can be found out again. Neither saved nor copied.
-        self._prepared: dict[Tensor, Prepared] = {}
 
     def _warn_of_skipped(self) -> None:
-        on_cpu = self._skipped.get(torch.device("cpu"))
+        on_cpu = self._stepper.skipped.get(torch.device("cpu"))
         if on_cpu is not None:
             self._warn_of(int(on_cpu), stacklevel=6)  # _warn_of, this method, step, and torch's two wrappers around it
 
@@ -355,12 +337,91 @@ class Adam8bit(torch.optim.Optimizer):
                 stacklevel=stacklevel,
             )
 
-    # ---------------------------------------------------------------- saving, loading, copying
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as ``torch.optim.Optimizer.state_dict``.
+
+        Of a sharded optimizer: called on all ranks, they put the whole state together on rank 0, and the others get
+        their own part, which the same rank of as many can load. After ``consolidate_state_dict`` that rank gets the
+        whole without the others. Asked by ``torch.distributed.checkpoint``, every rank gets its own part in a form that
+        any number of ranks can load, as ``sharded_state_dict`` returns it.
+
+        Raises:
+            RuntimeError: not all ranks of ``shard_group`` called it within five minutes.
+        """
+        if asked_by_checkpoint():
+            return self.sharded_state_dict()
+        if self._partition is None or self._partition.world.size == 1 or not self.state:
+            return super().state_dict()
+        if self._consolidated is None:
+            lines = agreement.describe(self.param_groups, self._steps_of)
+            agreement.meet(lines, self._meetings, self._partition.world)
+            self._meetings += 1
+            return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
+        whole, self._consolidated = self._consolidated, None
+        return whole or self._packed(resharding.as_shard)
+
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
+
+        For those who call ``state_dict()`` on one rank only: it returns this state there, until the next step.
+
+        Args:
+            to: rank in ``shard_group``.
+
+        Returns:
+            The whole state on rank ``to``, as an optimizer without shards has it; None on others.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        world = self._cut().world
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < world.size:
+            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {world.size}")
+        if world.size == 1:
+            return self.state_dict()
+        packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
+        whole = packed if world.rank == to else None
+        self._consolidated = whole or {}
+        return whole
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The state for ``torch.distributed.checkpoint.save`` and ``load``: no rank holds more than its own part.
+
+        Before the first step it makes the state, all zero, since a load fills what is there. Tensors share memory with
+        the state. Saved parts can be loaded by any number of ranks, and by an optimizer without shards.
+        """
+        partition = self._cut()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in partition and not self.state.get(param):
+                    self.state[param] = new_state(param, group["moments"], partition.span(param))
+        return self._packed(resharding.as_parts) if partition.world.group is not None else super().state_dict()
+
+    def _packed(self, form: Callable[[dict[str, Any], list[Tensor], Partition], dict[str, Any]]) -> dict[str, Any]:
+        """Torch's state_dict of this rank's tensors, brought into a form; the user's own hooks see it so."""
+        assert self._partition is not None
+        partition = self._partition
+        params = [param for group in self.param_groups for param in group["params"]]
+        hook = self.register_state_dict_post_hook(lambda _, packed: form(packed, params, partition), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _whole_or_shard(
+        self, packed: dict[str, Any], params: list[Tensor], partition: Partition, to: int
+    ) -> dict[str, Any]:
+        return resharding.as_whole(packed, params, partition, to) or resharding.as_shard(packed, params, partition)
+
+    # ---------------------------------------------------------------- loading, copying
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, bit for bit; the tensors are copied.
 
-        Settings of the param groups come from the saved state, except ``backend``, which is the machine's.
+        Settings of the param groups come from the saved state, except ``backend``, which is the machine's. A sharded
+        optimizer takes its part of a whole state, whatever number of ranks has saved it.
 
         Raises:
             ValueError: state that does not fit, see ``checkpoint.check``; nothing has changed then.
@@ -368,8 +429,10 @@ class Adam8bit(torch.optim.Optimizer):
         held = {param: dict(state) for param, state in self.state.items()}
 
         def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.check(given, self.param_groups)
-            return checkpoint.seal(given, self.param_groups)
+            checkpoint.check_form(given)
+            partition = self._cut(resharding.has_state(given, self.param_groups))
+            own = resharding.local_state(given, self.param_groups, partition)
+            return checkpoint.seal(own, self.param_groups)
 
         def unseal(_: torch.optim.Optimizer) -> None:
             checkpoint.unseal(self.state, held)
@@ -384,15 +447,22 @@ class Adam8bit(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+        self._consolidated = None
+        self._agreed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped, "_warned": self._warned}
+        own = ("_shard_group", "_bucket_cap_mb", "_partition", "_meetings", "_warned")
+        kept = {name: self.__dict__[name] for name in own}
+        return {**super().__getstate__(), **kept, "_skipped": self._stepper.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_skipped" not in self.__dict__:
-            self._reset_counters()
-        super().__setstate__(state)
-        self._prepared.clear()  # also after a load, or the tensors replaced would stay in memory
+        restored = dict(state)
+        skipped = restored.pop("_skipped", {})
+        if "_stepper" not in self.__dict__:
+            self._reset(None, 64.0)
+            self._stepper.skipped = skipped
+        super().__setstate__(restored)
+        self._stepper.forget()  # also after a load, or the tensors replaced would stay in memory
         # torch adds this to every optimizer it restores; it is no setting of ours.
         self.defaults.pop("differentiable", None)
 
@@ -418,30 +488,3 @@ class AdamW8bit(Adam8bit):
         **keywords: Unpack[_Keywords],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **keywords)
-
-
-def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, label: str) -> StepScalars:
-    """The record of a parameter's next step.
-
-    Raises:
-        ValueError: learning rate and decay are so large that their products leave float32.
-    """
-    scalars = StepScalars.at_step(
-        step,
-        lr=lr,
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=group["decoupled_weight_decay"],
-        maximize=group["maximize"],
-        low_precision_update=group["low_precision_update"],
-        nonfinite=group["nonfinite"],
-        seed=group["seed"],
-        grad_scale=grad_factor,
-    )
-    if max(scalars.step_size, abs(scalars.shrink)) > settings.FLOAT32_MAX:
-        raise ValueError(
-            f"{label}: lr is {lr!r} with weight_decay {group['weight_decay']!r}, a step of {scalars.step_size:g}; "
-            f"accepted: steps and factors up to {settings.FLOAT32_MAX:g}"
-        )
-    return scalars

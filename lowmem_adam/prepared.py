@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import inputs
-from lowmem_adam.kernels.fragment import Fragment
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments
 from lowmem_adam.layout import Layout
-from lowmem_adam.state import check_state, moments_of
+from lowmem_adam.shard import read
+from lowmem_adam.state import Span, check_state, moments_of
 
 
 class Prepared:
@@ -27,25 +28,27 @@ class Prepared:
         state: its state, with the tensors that ``moments`` calls for.
         moments: the setting of its group.
         label: names the parameter in errors.
+        span: the blocks that the state is of.
 
     Raises:
         ValueError: state that does not fit the parameter.
     """
 
-    __slots__ = ("_addresses", "_cache", "_device", "_layout", "_moments", "_param", "_setting", "_tensors")
+    __slots__ = ("_addresses", "_caches", "_device", "_layout", "_moments", "_param", "_setting", "_span", "_tensors")
 
-    def __init__(self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str) -> None:
-        check_state(state, param.shape, moments, label)
+    def __init__(self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, span: Span) -> None:
+        check_state(state, param.shape, moments, label, span)
         inputs.check_devices(state, param, label)
         self._param = param.detach()
         # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
         self._addresses = _addresses(param, state)
         self._setting = moments
+        self._span = span
         self._tensors = tuple(state.items())
         self._moments = moments_of(state)
         self._layout = Layout.of(param.shape)
         self._device = param.device
-        self._cache: dict[str, Any] = {}
+        self._caches: dict[tuple[int, int], dict[str, Any]] = {}
 
     def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str) -> bool:
         """Whether nothing has changed but values."""
@@ -61,10 +64,34 @@ class Prepared:
             and _addresses(param, state) == self._addresses
         )
 
-    def fragment(self, grad: Tensor) -> Fragment:
-        """The whole parameter, for a kernel."""
+    def fragment(self, grad: Tensor, first_block: int, end_block: int) -> Fragment:
+        """Some of the blocks that the state is of, for a kernel.
+
+        Of a parameter that does not lie in one run, a part is a copy: ``shard.write`` puts it back.
+        """
         layout = self._layout
-        return Fragment(self._param, grad.detach(), self._moments, layout, 0, layout.n_blocks, self._cache)
+        cache = self._caches.setdefault((first_block, end_block), {})
+        if first_block == 0 and end_block == layout.n_blocks:
+            return Fragment(self._param, grad.detach(), self._moments, layout, 0, end_block, cache)
+        start, stop = layout.block_start(first_block), layout.block_start(end_block)
+        if "piece" in cache:
+            param, moments = cache["piece"]
+        else:
+            param, moments = read(self._param, start, stop), self._moments_between(first_block, end_block)
+            if self._param.is_contiguous():
+                cache["piece"] = (param, moments)
+        # A copy lies elsewhere each time: nothing can be kept about it.
+        kept = cache if "piece" in cache else None
+        return Fragment(param, read(grad, start, stop), moments, layout, first_block, end_block, kept)
+
+    def _moments_between(self, first_block: int, end_block: int) -> CodedMoments | FullMoments:
+        blocks = slice(first_block - self._span[0], end_block - self._span[0])
+        origin = self._layout.block_start(self._span[0])
+        elements = slice(*(self._layout.block_start(block) - origin for block in (first_block, end_block)))
+        if isinstance(self._moments, CodedMoments):
+            code, root, floor, octaves = (tensor.view(-1) for tensor in self._moments)
+            return CodedMoments(code[elements], root[elements], floor[blocks], octaves[blocks])
+        return FullMoments(*(tensor.view(-1)[elements] for tensor in self._moments))
 
 
 def _addresses(param: Tensor, state: Mapping[str, Tensor]) -> list[int]:

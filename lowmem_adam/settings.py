@@ -55,8 +55,11 @@ INSTEAD: dict[str, str] = {
 }
 """Keywords of other optimizers and what to use here."""
 
-NOT_YET = ("shard_group", "offload")
+NOT_YET = ("offload",)
 """Keywords whose only accepted value in this version is None."""
+
+WHOLE = ("shard_group", "bucket_cap_mb")
+"""Keywords of the whole optimizer: no setting of a param group."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "amsgrad": (False,),
@@ -64,6 +67,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "fused": (None, False),
     "capturable": (False,),
     "differentiable": (False,),
+    "shard_group": (None,),
 }
 """Values of torch's own keywords that ask for nothing: taken and forgotten, so that scripts need no change."""
 
@@ -118,6 +122,11 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         if group.get(name) is not None:
             raise ValueError(
                 f"{where}: {name} is {group[name]!r}, which this version does not have yet; accepted: None"
+            )
+    for name in WHOLE:
+        if name in group and not _is_neutral(name, group[name]):
+            raise ValueError(
+                f"{where}: {name} is {group[name]!r}; accepted: {name} given to the constructor, for all groups"
             )
     for name in group:
         if name in INSTEAD and name != "decoupled_weight_decay" and not _is_neutral(name, group[name]):

@@ -12,6 +12,8 @@ from lowmem_adam.kernels.fragment import CodedMoments, FullMoments
 from lowmem_adam.layout import Layout, is_coded
 
 CODED_KEYS = ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")
+METADATA_KEYS = ("block_floor", "block_span")
+"""Those with an entry a block; all others but ``step`` have one an element."""
 FULL_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -20,40 +22,72 @@ def keeps_codes(shape: Sequence[int], moments: str) -> bool:
     return moments == "8bit" and is_coded(shape)
 
 
-def expected_tensors(shape: Sequence[int], moments: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+Span = tuple[int, int]
+"""Blocks ``[first, end)`` of a parameter that are held here."""
+
+
+def expected_tensors(
+    shape: Sequence[int], moments: str, span: Span | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor in a parameter's state, ``step`` included.
 
-    Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0.
+    Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0. Of a
+    part of the parameter, told by its span, all are flat; of no block at all they are empty.
     """
+    layout = Layout.of(shape)
+    elements: tuple[int, ...] = tuple(shape)
+    blocks: tuple[int, ...] = (layout.rows, layout.blocks_per_row)
+    if span is not None and span != (0, layout.n_blocks):
+        elements = (layout.block_start(span[1]) - layout.block_start(span[0]),)
+        blocks = (span[1] - span[0],)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.int64)}
     if keeps_codes(shape, moments):
-        layout = Layout.of(shape)
-        blocks = (layout.rows, layout.blocks_per_row)
-        tensors["exp_avg_code"] = (tuple(shape), torch.int8)
-        tensors["exp_avg_sq_code"] = (tuple(shape), torch.uint8)
+        tensors["exp_avg_code"] = (elements, torch.int8)
+        tensors["exp_avg_sq_code"] = (elements, torch.uint8)
         tensors["block_floor"] = (blocks, torch.uint8)
         tensors["block_span"] = (blocks, torch.uint8)
     else:
-        tensors["exp_avg"] = (tuple(shape), torch.float32)
-        tensors["exp_avg_sq"] = (tuple(shape), torch.float32)
+        tensors["exp_avg"] = (elements, torch.float32)
+        tensors["exp_avg_sq"] = (elements, torch.float32)
     return tensors
 
 
-def new_state(param: Tensor, moments: str) -> dict[str, Tensor]:
+def new_state(param: Tensor, moments: str, span: Span | None = None) -> dict[str, Tensor]:
     """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU."""
     return {
         name: torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else param.device)
-        for name, (shape, dtype) in expected_tensors(param.shape, moments).items()
+        for name, (shape, dtype) in expected_tensors(param.shape, moments, span).items()
     }
 
 
-def check_state(state: Mapping[str, Any], shape: Sequence[int], moments: str, label: str) -> None:
-    """Check that a parameter's state has the tensors that its shape and its group's ``moments`` call for.
+def part_of(state: Mapping[str, Any], shape: Sequence[int], span: Span) -> dict[str, Any]:
+    """The state of some blocks, out of the state of a whole parameter: flat views, and ``step`` as it is.
+
+    All blocks give the tensors as they are.
+    """
+    layout = Layout.of(shape)
+    if span == (0, layout.n_blocks):
+        return dict(state)
+    start, stop = (layout.block_start(block) for block in span)
+    parts = {}
+    for key, value in state.items():
+        if key == "step":
+            parts[key] = value
+        else:
+            first, end = span if key in METADATA_KEYS else (start, stop)
+            parts[key] = value.reshape(-1)[first:end]
+    return parts
+
+
+def check_state(
+    state: Mapping[str, Any], shape: Sequence[int], moments: str, label: str, span: Span | None = None
+) -> None:
+    """Check that a parameter's state has the tensors that its shape, its group's ``moments`` and its span call for.
 
     Raises:
         ValueError: names ``label``, what is there and what is accepted.
     """
-    expected = expected_tensors(shape, moments)
+    expected = expected_tensors(shape, moments, span)
     if set(state) != set(expected):
         raise ValueError(
             f"{label} of shape {tuple(shape)}, where moments is {moments!r}, has state {sorted(state)}; "

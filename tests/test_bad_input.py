@@ -163,7 +163,10 @@ def test_moments_of_a_running_parameter_cannot_change() -> None:
         ("master_weight_bits", 24, TypeError, "low_precision_update"),
         ("learning_rate", 0.1, TypeError, "accepted settings: lr, betas"),
         ("weightdecay", 0.1, TypeError, "weight_decay"),
-        ("shard_group", "world", ValueError, "accepted: None"),
+        ("shard_group", "all", ValueError, "accepted: None, 'world', a ProcessGroup"),
+        ("shard_group", 2, ValueError, "accepted: None, 'world', a ProcessGroup"),
+        ("bucket_cap_mb", 0, ValueError, "accepted: finite numbers above 0"),
+        ("bucket_cap_mb", "64", ValueError, "accepted: finite numbers above 0"),
         ("offload", "cpu", ValueError, "accepted: None"),
     ],
 )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem_adam import AdamW8bit
 from tests.cases import assert_same_bits, differ, everything, generator
+from tests.ranks import NEEDS_GLOO, on_ranks
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
-)
+pytestmark = NEEDS_GLOO
 
 WORLD_SIZE = 2
-SECONDS = 120
-"""Far above what a job takes; then its ranks are ended."""
-
-Job = Callable[[int, Path], Any]
 Results = dict[str, tuple[Any, Any]]
 VARIANTS = ((torch.float32, False), (torch.bfloat16, True))
 """Dtype of the parameters, and whether gradients are views into DDP's buckets."""
-
-
-# ---------------------------------------------------------------- ranks
-
-
-def run_rank(rank: int, job: Job, folder: Path) -> None:
-    torch.set_num_threads(1)
-    rendezvous = (folder / "rendezvous").as_uri()
-    # Shorter than the parent waits: a rank left alone says in which call it hangs.
-    timeout = timedelta(seconds=SECONDS / 2)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
-    try:
-        torch.save(job(rank, folder), folder / f"result_{rank}.pt")
-        dist.barrier()
-    except Exception:
-        # Before this rank's connections close: the other rank's complaint about that may be raised first.
-        (folder / f"traceback_{rank}.txt").write_text(f"Rank {rank}: {traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def on_two_ranks(job: Job, folder: Path) -> list[Any]:
-    """What the job returns on each rank. An error on a rank fails the test and shows that rank's traceback."""
-    context = start_processes(run_rank, (job, folder), WORLD_SIZE, join=False, start_method="spawn")
-    assert isinstance(context, ProcessContext)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, f"not all ranks ended within {SECONDS} s"
-    except ProcessException as error:
-        tracebacks = [path.read_text() for path in sorted(folder.glob("traceback_*.txt"))]
-        raise AssertionError("\n".join([*tracebacks, str(error)])) from None
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-    return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 # ---------------------------------------------------------------- what they train
@@ -219,7 +172,7 @@ def all_jobs(rank: int, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """One pair of processes for all jobs: to start it takes longer than they do."""
-    first, second = on_two_ranks(all_jobs, tmp_path_factory.mktemp("ranks"))
+    first, second = on_ranks(WORLD_SIZE, all_jobs, tmp_path_factory.mktemp("ranks"))
     return {name: (first[name], second[name]) for name in first}
 
 
@@ -300,4 +253,4 @@ def failing_job(rank: int, folder: Path) -> Any:
 
 def test_an_error_on_a_rank_is_raised_with_its_traceback_and_ends_the_other(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)Rank 1: Traceback.*in failing_job.*rank 1 went wrong"):
-        on_two_ranks(failing_job, tmp_path)
+        on_ranks(WORLD_SIZE, failing_job, tmp_path)

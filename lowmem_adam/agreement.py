@@ -1,0 +1,182 @@
+"""What ranks that share one optimizer must agree on, and how they find out: an error on all of them, never a hang."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowmem_adam.shard import World, read
+
+MEETING_SECONDS = 300.0
+"""How long a rank waits for the others in ``state_dict()``; in a save one rank may be writing a model before."""
+
+TILE = 1 << 20
+"""Elements that are hashed at a time."""
+
+
+# ---------------------------------------------------------------- settings and shapes
+
+
+def describe(groups: Sequence[Mapping[str, Any]], steps: Callable[[Tensor], int]) -> list[str]:
+    """One line for every param group and parameter, with all that must be the same on all ranks.
+
+    Args:
+        groups: the optimizer's param groups.
+        steps: how many steps a parameter has taken.
+    """
+    lines = [f"{len(groups)} param groups"]
+    for index, group in enumerate(groups):
+        # The backend is the machine's own, a name for people; lists of parameters follow, a line each.
+        settings = {key: group[key] for key in sorted(group) if key not in ("params", "param_names", "backend")}
+        plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in settings.items()}
+        lines.append(f"param group {index}: {len(group['params'])} parameters, {plain}")
+        lines.extend(
+            f"param group {index}, parameter {number}: shape {tuple(param.shape)}, {param.dtype}, "
+            f"requires_grad {param.requires_grad}, {steps(param)} steps"
+            for number, param in enumerate(group["params"])
+        )
+    return lines
+
+
+def agree(lines: Sequence[str], world: World, refusal: Exception | None = None) -> None:
+    """Compare descriptions among all ranks; a collective.
+
+    Args:
+        lines: what this rank describes.
+        world: the ranks.
+        refusal: what this rank was about to raise, for others not to wait for it.
+
+    Raises:
+        RuntimeError: on every rank; names the first line in which a rank differs from rank 0.
+        Exception: ``refusal``, on this rank; the others raise a RuntimeError that carries its words.
+    """
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    said = _exchange((digest, None if refusal is None else str(refusal)), world)
+    if refusal is not None:
+        raise refusal
+    for rank, (_, words) in enumerate(said):
+        if words is not None:
+            raise RuntimeError(f"rank {rank} cannot step: {words}")
+    if all(other == digest for other, _ in said):
+        return
+    everything: list[Sequence[str]] = _exchange(list(lines), world)
+    for rank, theirs in enumerate(everything):
+        for number in range(max(len(theirs), len(everything[0]))):
+            first, other = (tuple(text[number : number + 1]) or ("nothing",) for text in (everything[0], theirs))
+            if first != other:
+                raise RuntimeError(
+                    f"ranks that share moments differ: rank 0 has {first[0]}; rank {rank} has {other[0]}; accepted: "
+                    "the same model, param groups, settings and loaded state on all ranks"
+                )
+
+
+def _exchange(mine: Any, world: World) -> list[Any]:
+    everybody: list[Any] = [None] * world.size
+    if world.group is None:
+        return [mine]
+    dist.all_gather_object(everybody, mine, group=world.group)
+    return everybody
+
+
+def any_rank(flag: bool, device: torch.device, world: World) -> bool:
+    """Whether a flag is set on any rank; a collective."""
+    if world.group is None:
+        return flag
+    flags = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=world.group)
+    return bool(flags.item())
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def compare_replicas(params: Iterable[tuple[str, Tensor]], world: World) -> None:
+    """Compare the bits of all parameters among all ranks; a collective that sends 8 bytes a parameter.
+
+    Raises:
+        RuntimeError: on every rank; names the parameters that differ, and where.
+    """
+    named = list(params)
+    mine = [_hash(param) for _, param in named]
+    hashes: list[list[int]] = _exchange(mine, world)
+    if any(len(theirs) != len(mine) for theirs in hashes):
+        counts = ", ".join(f"rank {rank} {len(theirs)}" for rank, theirs in enumerate(hashes))
+        raise RuntimeError(f"replicas differ in how many parameters they have: {counts}")
+    apart = [
+        f"{label} (ranks {[rank for rank, theirs in enumerate(hashes) if theirs[index] != hashes[0][index]]})"
+        for index, (label, _) in enumerate(named)
+        if any(theirs[index] != hashes[0][index] for theirs in hashes)
+    ]
+    if apart:
+        more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
+        raise RuntimeError(
+            f"replicas differ from rank 0's in {len(apart)} of {len(named)} parameters: {', '.join(apart[:5])}{more}; "
+            "broadcast them from one rank, or load a checkpoint"
+        )
+
+
+def _hash(param: Tensor) -> int:
+    """All elements' bits, each times an odd number of its place, summed modulo 2**64: one changed bit changes it."""
+    numel = param.numel()
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[param.element_size()]
+    places = torch.arange(min(TILE, numel), dtype=torch.int64, device=param.device)
+    # The finaliser's constants of splitmix64; an odd factor loses no bit.
+    factors = (places * -7046029254386353131 ^ (places << 17)) | 1
+    total = 0
+    for tile, start in enumerate(range(0, numel, TILE)):
+        bits = read(param, start, min(start + TILE, numel)).view(width).to(torch.int64)
+        sum_ = int((bits * factors[: bits.numel()]).sum())
+        total = (total * 0x9E3779B97F4A7C15 + sum_ + tile) % 2**64
+    return total
+
+
+# ---------------------------------------------------------------- meeting
+
+
+def meet(lines: Sequence[str], meetings: int, world: World) -> None:
+    """Wait for all ranks to call ``state_dict()``; no collective is begun before they have.
+
+    All meet or none does: ranks count themselves in at the process group's store, and the last of them opens the door.
+    One that has waited ``MEETING_SECONDS`` counts itself out again.
+
+    Args:
+        lines: the optimizer's description, which tells this meeting from other optimizers'.
+        meetings: how many this optimizer has held.
+        world: the ranks.
+
+    Raises:
+        RuntimeError: not all of them came.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    key = f"lowmem_adam/{world.group.group_name}/{digest}/{meetings}"
+    if store.add(f"{key}/arrived", 1) == world.size:
+        store.set(f"{key}/open", "1")
+        return
+    if _opens(store, f"{key}/open", MEETING_SECONDS):
+        return
+    # The last one may have arrived just now, and others may have counted themselves out since.
+    if store.add(f"{key}/arrived", -1) + 1 == world.size or _opens(store, f"{key}/open", 1.0):
+        return
+    raise RuntimeError(
+        f"state_dict() of a sharded optimizer waited {MEETING_SECONDS:g} s for the other ranks; accepted: a call on "
+        "all ranks of shard_group, or consolidate_state_dict(to=rank) on all of them and then state_dict() on that rank"
+    )
+
+
+def _opens(store: Any, key: str, seconds: float) -> bool:
+    """Whether a key is set in time. Polled: each kind of store ends a wait of its own in another way."""
+    deadline = time.monotonic() + seconds
+    pause = 0.001
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return True

@@ -1,0 +1,251 @@
+"""State of sharded optimizers on its way out and in: a rank's part, a whole on one rank, and from either back.
+
+Three forms of a ``state_dict``:
+
+* *whole*: tensors of whole parameters, as an optimizer without shards has them. Any number of ranks loads it.
+* *shard*: one rank's tensors, plain and flat, under the key ``shard_<rank>_of_<world_size>``. The same rank of as many
+  loads it.
+* *parts*: ``ShardTensor`` in the place of tensors, for torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowmem_adam import checkpoint
+from lowmem_adam.layout import Layout
+from lowmem_adam.shard import Partition
+from lowmem_adam.shard_tensor import ShardTensor
+from lowmem_adam.state import METADATA_KEYS, Span, expected_tensors, part_of
+
+CHUNK = 1 << 26
+"""Bytes that are on their way through a device's memory to the host at a time."""
+
+
+def shard_key(rank: int, world_size: int) -> str:
+    """Under what a rank's own tensors lie in a state_dict of form *shard*."""
+    return f"shard_{rank}_of_{world_size}"
+
+
+# ---------------------------------------------------------------- out
+
+
+def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition) -> dict[str, Any]:
+    """A rank's own state_dict in form *shard*.
+
+    Args:
+        state_dict: as torch packs it, of this rank's tensors, keyed by place in ``params``.
+        params: of all param groups.
+        partition: who holds what.
+    """
+    world = partition.world
+    spans = {key: list(partition.span(params[key])) for key in state_dict["state"]}
+    shard = {"state": state_dict["state"], "spans": spans}
+    return {**state_dict, "state": {}, shard_key(world.rank, world.size): shard}
+
+
+def as_parts(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition) -> dict[str, Any]:
+    """A rank's own state_dict in form *parts*; arguments as for ``as_shard``."""
+    state = {}
+    for key, tensors in state_dict["state"].items():
+        param = params[key]
+        layout, (first, _) = Layout.of(param.shape), partition.span(param)
+        whole = expected_tensors(param.shape, _moments_setting(tensors))
+        state[key] = {
+            name: value
+            if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
+            else ShardTensor(value, whole[name][0], first if name in METADATA_KEYS else layout.block_start(first))
+            for name, value in tensors.items()
+        }
+    return {**state_dict, "state": state}
+
+
+def as_whole(
+    state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition, to: int
+) -> dict[str, Any] | None:
+    """All ranks' tensors put together on one of them, on the CPU, in form *whole*; a collective.
+
+    One tensor after the other: only that rank ever holds more than its own.
+
+    Args:
+        state_dict: as for ``as_shard``.
+        params: as for ``as_shard``.
+        partition: who holds what.
+        to: the rank that gets them.
+
+    Returns:
+        The state_dict on rank ``to``, None on others.
+    """
+    whole = {}
+    for key, tensors in state_dict["state"].items():
+        param = params[key]
+        expected = expected_tensors(param.shape, _moments_setting(tensors))
+        whole[key] = {
+            name: value.clone() if name == "step" else _collect(value, name, expected[name][0], param, partition, to)
+            for name, value in tensors.items()
+        }
+    return {**state_dict, "state": whole} if partition.world.rank == to else None
+
+
+def _collect(
+    own: Tensor, name: str, shape: tuple[int, ...], param: Tensor, partition: Partition, to: int
+) -> Tensor | None:
+    """One tensor of one parameter's state, whole, on rank ``to``."""
+    world, layout = partition.world, Layout.of(param.shape)
+    whole = torch.empty(shape, dtype=own.dtype) if world.rank == to else None
+    for rank in range(world.size):
+        first, end = partition.span(param, rank)
+        if name not in METADATA_KEYS:
+            first, end = layout.block_start(first), layout.block_start(end)
+        if rank == to == world.rank:
+            assert whole is not None
+            whole.view(-1)[first:end].copy_(own.view(-1))
+        elif rank != to and world.rank in (rank, to):
+            for low in range(first, end, CHUNK):
+                high = min(low + CHUNK, end)
+                if whole is None:
+                    dist.send(own.view(-1)[low - first : high - first], group=world.group, group_dst=to)
+                elif param.is_cpu:
+                    dist.recv(whole.view(-1)[low:high], group=world.group, group_src=rank)
+                else:
+                    passing = torch.empty(high - low, dtype=own.dtype, device=own.device)
+                    dist.recv(passing, group=world.group, group_src=rank)
+                    whole.view(-1)[low:high].copy_(passing)
+    return whole
+
+
+def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Partition) -> list[int]:
+    """Bytes of state of every rank: this one's as measured, others' by what they hold of the same parameters."""
+    totals = []
+    for rank in range(partition.world.size):
+        total = 0
+        for param, state in states.items():
+            if rank == partition.world.rank or param not in partition:
+                total += sum(value.nbytes for value in state.values())
+            elif state:
+                expected = expected_tensors(param.shape, _moments_setting(state), partition.span(param, rank))
+                total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+        totals.append(total)
+    return totals
+
+
+def _moments_setting(tensors: Mapping[str, Any]) -> str:
+    return "8bit" if "exp_avg_code" in tensors else "32bit"
+
+
+# ---------------------------------------------------------------- in
+
+
+def local_state(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], partition: Partition
+) -> dict[str, Any]:
+    """A state_dict of any form as this rank's own part of it, checked.
+
+    Args:
+        state_dict: what is to be loaded; its form has been looked at by ``checkpoint.check_form``.
+        groups: the optimizer's own param groups.
+        partition: has cut all parameters that have saved state.
+
+    Raises:
+        ValueError: as ``checkpoint.check``; also the shard of another rank, world size or cut.
+    """
+    params = {
+        key: param
+        for saved, group in zip(state_dict["param_groups"], groups, strict=False)
+        for key, param in zip(saved["params"], group["params"], strict=False)
+    }
+
+    def span_of(param: Tensor) -> Span:
+        return partition.span(param) if param in partition else (0, Layout.of(param.shape).n_blocks)
+
+    shard = _own_shard(state_dict, params, span_of, partition)
+    if shard is not None:
+        own = {**state_dict, "state": shard}
+        checkpoint.check(own, groups, span_of)
+        return own
+    if any(isinstance(value, ShardTensor) for state in state_dict["state"].values() for value in _values(state)):
+        state = {
+            key: {name: _own_part(value, name, params.get(key), span_of, key) for name, value in tensors.items()}
+            for key, tensors in state_dict["state"].items()
+        }
+        own = {**state_dict, "state": state}
+        checkpoint.check(own, groups, span_of)
+        return own
+    checkpoint.check(state_dict, groups)
+    state = {
+        key: part_of(tensors, params[key].shape, span_of(params[key])) if tensors else tensors
+        for key, tensors in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def has_state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], bool]:
+    """Tells which of an optimizer's parameters a state_dict of any form has state of."""
+    saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [param for group in groups for param in group["params"]]
+    held = [state_dict["state"], *[v["state"] for k, v in state_dict.items() if _is_shard_key(k) and "state" in v]]
+    keys = {key for state in held for key in state if state[key]}
+    loaded = {param for key, param in zip(saved, params, strict=False) if key in keys}
+    return lambda param: param in loaded
+
+
+def _is_shard_key(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"shard_\d+_of_\d+", key) is not None
+
+
+def _values(state: Any) -> Sequence[Any]:
+    return list(state.values()) if isinstance(state, Mapping) else []
+
+
+def _own_shard(
+    state_dict: Mapping[str, Any],
+    params: Mapping[Any, Tensor],
+    span_of: Callable[[Tensor], Span],
+    partition: Partition,
+) -> Any:
+    """The tensors of a state_dict of form *shard*, None where it has another form."""
+    keys = [key for key in state_dict if _is_shard_key(key)]
+    if not keys:
+        return None
+    world = partition.world
+    accepted = shard_key(world.rank, world.size)
+    if keys != [accepted]:
+        raise ValueError(
+            f"state_dict is {', '.join(keys)}, one rank's part of a sharded state; accepted here: {accepted}, or whole "
+            "state as consolidate_state_dict(to=0) makes it"
+        )
+    shard = state_dict[accepted]
+    if not isinstance(shard, Mapping) or not all(isinstance(shard.get(part), Mapping) for part in ("state", "spans")):
+        raise ValueError(
+            f"state_dict: {accepted} has no dictionaries 'state' and 'spans'; accepted: what state_dict made"
+        )
+    for key in shard["state"]:
+        saved = shard["spans"].get(key)
+        wanted = list(span_of(params[key])) if key in params else None
+        if saved != wanted:
+            raise ValueError(
+                f"state_dict, parameter {key}: {accepted} holds blocks {saved}; accepted: {wanted} (another model, or "
+                "param groups in another order; whole state, as consolidate_state_dict(to=0) makes it, fits any cut)"
+            )
+    return shard["state"]
+
+
+def _own_part(value: Any, name: str, param: Tensor | None, span_of: Callable[[Tensor], Span], key: Any) -> Any:
+    """The tensor within a ``ShardTensor``, if it is this rank's."""
+    if not isinstance(value, ShardTensor) or param is None:
+        return value
+    layout, (first, end) = Layout.of(param.shape), span_of(param)
+    if name not in METADATA_KEYS:
+        first, end = layout.block_start(first), layout.block_start(end)
+    if (value.start, value.local.numel()) != (first, end - first):
+        raise ValueError(
+            f"state_dict, parameter {key}: {name} is {value!r}; accepted: {end - first} elements from {first} on"
+        )
+    return value.local.view(value.shape) if value.local.numel() == value.numel() else value.local
