@@ -183,7 +183,7 @@ def test_planned_keywords_accept_none(name: str) -> None:
     keywords: dict[str, Any] = {name: None}
     assert name not in AdamW8bit(make_params(FEW), **keywords).param_groups[0]
     assert name not in AdamW8bit([{"params": make_params(FEW), **keywords}]).param_groups[0]
-    with pytest.raises(ValueError, match=f"param group 0: {name} is 'world', which this version.*accepted: None"):
+    with pytest.raises(ValueError, match=f"param group 0: {name} is 'world'.*accepted: "):
         AdamW8bit([{"params": make_params(FEW), name: "world"}])
 
 
