@@ -84,13 +84,24 @@ def _exchange(mine: Any, world: World) -> list[Any]:
     return everybody
 
 
-def any_rank(flag: bool, device: torch.device, world: World) -> bool:
-    """Whether a flag is set on any rank; a collective."""
-    if world.group is None:
-        return flag
+def any_rank(flag: bool, device: torch.device, groups: Sequence[Any]) -> bool:
+    """Whether a flag is set on any rank of these process groups; a collective of each, one after the other."""
     flags = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=world.group)
+    for group in groups:
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return bool(flags.item())
+
+
+def stop_together(refusal: Exception | None, device: torch.device, groups: Sequence[Any]) -> None:
+    """Raise on a rank that has nothing to complain of, where another has; a collective of the groups.
+
+    Raises:
+        RuntimeError: only another rank refuses its part.
+    """
+    if any_rank(refusal is not None, device, groups) and refusal is None:
+        raise RuntimeError(
+            "another rank cannot step its part of the parameters, and says why; nothing has changed here"
+        )
 
 
 # ---------------------------------------------------------------- parameters

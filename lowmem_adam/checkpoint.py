@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.state import Span, check_state
+from lowmem_adam.local import Span, local
+from lowmem_adam.state import check_state
 
 MAX_STEP = 2**53
 """Steps are counted exactly in double, in which the bias corrections are computed."""
@@ -107,11 +108,12 @@ def _check_values(state: Mapping[str, Tensor], label: str) -> None:
     """What no step writes would decode to nonsense."""
     if not 0 <= int(state["step"]) < MAX_STEP:
         raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}")
-    if "block_span" in state and state["block_span"].numel():
-        span = int(state["block_span"].max())
+    floor, octaves = (local(state[key]) if key in state else None for key in ("block_floor", "block_span"))
+    if floor is not None and octaves is not None and octaves.numel():
+        span = int(octaves.max())
         if span > FORMAT.max_octaves:
             raise ValueError(f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves")
-        ceiling = int((state["block_floor"].to(torch.int32) + state["block_span"]).max())
+        ceiling = int((floor.to(torch.int32) + octaves).max())
         if ceiling > FORMAT.max_exponent:
             raise ValueError(
                 f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to {FORMAT.max_exponent}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_adam.local import check_dtensor, is_dtensor, local
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,27 +26,32 @@ def check_param(param: Any, label: str) -> None:
         raise ValueError(f"{label} has dtype {param.dtype}; accepted: {', '.join(map(str, PARAM_DTYPES))}")
     if param.layout != torch.strided:
         raise ValueError(f"{label} has layout {param.layout}; accepted: torch.strided")
-    if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+    if not is_dtensor(param) and type(param.detach()) is not Tensor:
         raise ValueError(
-            f"{label} has strides {param.stride()}, so that elements share memory; accepted: an element each"
+            f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors and DTensors "
+            "(quantized tensor classes are not supported in this version)"
         )
-    if type(param.detach()) is not Tensor:
+    part = local(param)
+    if any(size > 1 and stride == 0 for size, stride in zip(part.shape, part.stride(), strict=True)):
         raise ValueError(
-            f"{label} is a {type(param.detach()).__name__}; accepted: plain tensors "
-            "(sharded and quantized tensor classes are not supported in this version)"
+            f"{label} has strides {part.stride()}, so that elements share memory; accepted: an element each"
         )
     # FSDP1 marks its flat parameters, and the views into them that use_orig_params=True hands out. Their shapes are
     # those of one rank's shard, which must not decide what is coded.
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-        raise ValueError(f"{label} is (part of) an FSDP1 flat parameter; accepted: plain parameters, replicated by DDP")
+        raise ValueError(
+            f"{label} is (part of) an FSDP1 flat parameter; accepted: plain parameters, as under DDP, and DTensors, as "
+            "FSDP2's fully_shard makes them"
+        )
 
 
-def check_params(params: Sequence[Any], groups: Sequence[Mapping[str, Any]], where: str) -> None:
+def check_params(params: Sequence[Any], groups: Sequence[Mapping[str, Any]], moments: str, where: str) -> None:
     """Check the parameters of a new param group.
 
     Args:
         params: parameters, or (name, parameter) pairs.
         groups: the param groups there are.
+        moments: the setting of the new one.
         where: names the new one in errors.
 
     Raises:
@@ -56,6 +63,8 @@ def check_params(params: Sequence[Any], groups: Sequence[Mapping[str, Any]], whe
         name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
         label = f"{where}, parameter {index}" + (f" ({name!r})" if name else "")
         check_param(param, label)
+        if is_dtensor(param):
+            check_dtensor(param, moments, label)
         if id(param) in seen:
             raise ValueError(f"{label} is already in {seen[id(param)]}; accepted: each parameter once")
         seen[id(param)] = label
@@ -70,8 +79,11 @@ def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
     """
     if grad.layout != torch.strided:
         raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
-    if type(grad.detach()) is not Tensor:
-        raise ValueError(f"{label}: its gradient is a {type(grad.detach()).__name__}; accepted: plain tensors")
+    kind, accepted_kind = ("DTensor" if is_dtensor(t) else type(t.detach()).__name__ for t in (grad, param))
+    if kind != accepted_kind and not (kind == "Tensor" and accepted_kind == "Parameter"):
+        raise ValueError(f"{label}: its gradient is a {kind}; accepted: a {accepted_kind}, like its parameter")
+    if is_dtensor(grad) and grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        raise ValueError(f"{label}: its gradient lies on another device mesh; accepted: its parameter's")
     accepted = tuple(dict.fromkeys((param.dtype, torch.float32)))
     if grad.dtype not in accepted:
         raise ValueError(f"{label}: its gradient has dtype {grad.dtype}; accepted: {', '.join(map(str, accepted))}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, checkpoint, inputs, kernels, resharding, settings
+from lowmem_adam import agreement, checkpoint, inputs, kernels, local, resharding, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -19,19 +19,6 @@ from lowmem_adam.stepping import Stepper, Task, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _Keywords(TypedDict, total=False):
-    """The keyword-only arguments of ``Adam8bit``."""
-
-    maximize: bool
-    moments: str
-    low_precision_update: str
-    nonfinite: str
-    seed: int
-    backend: str | None
-    shard_group: Any
-    bucket_cap_mb: float
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -155,9 +142,14 @@ class Adam8bit(torch.optim.Optimizer):
                 raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
         if not isinstance(params, set):
             given = [params] if isinstance(params, Tensor) else params
-            inputs.check_params(given, self.param_groups, where)
-            for entry in given:
-                kernels.choose(group["backend"], (entry[1] if isinstance(entry, tuple) else entry).device)
+            inputs.check_params(given, self.param_groups, group["moments"], where)
+            for param in (entry[1] if isinstance(entry, tuple) else entry for entry in given):
+                kernels.choose(group["backend"], param.device)
+                if self._shard_group is not None and local.is_dtensor(param):
+                    raise ValueError(
+                        f"{where} has DTensors, which are sharded already, and shard_group is {self._shard_group!r}; "
+                        "accepted with DTensors: shard_group=None"
+                    )
         super().add_param_group(settings.normalised(group))
 
     # ---------------------------------------------------------------- step
@@ -220,14 +212,17 @@ class Adam8bit(torch.optim.Optimizer):
         if world.size > 1:
             if not self._agreed:
                 agreement.agree(agreement.describe(self.param_groups, self._steps_of), world, refusal)
-            elif any(group["nonfinite"] == "error" for group in self.param_groups):
-                device = next(iter(partition.params)).device
-                if agreement.any_rank(refusal is not None, device, world):
-                    agreement.agree([], world, refusal)
+            elif self._stops_at_nonfinite():
+                agreement.stop_together(refusal, partition.device, [world.group])
+        elif self._stops_at_nonfinite():
+            agreement.stop_together(refusal, partition.device, local.groups_of(partition.params))
         if refusal is not None:
             raise refusal
         self._agreed = True
         return tasks
+
+    def _stops_at_nonfinite(self) -> bool:
+        return any(group["nonfinite"] == "error" for group in self.param_groups)
 
     def _steps_of(self, param: Tensor) -> int:
         state = self.state.get(param)
@@ -262,6 +257,8 @@ class Adam8bit(torch.optim.Optimizer):
         settings.check_max_norm(max_norm)
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * self._clip_coefficient
+        if local.is_dtensor(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
         self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -485,6 +482,6 @@ class AdamW8bit(Adam8bit):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **keywords: Unpack[_Keywords],
+        **keywords: Unpack[settings.Keywords],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **keywords)

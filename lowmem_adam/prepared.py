@@ -14,8 +14,9 @@ from torch import Tensor
 from lowmem_adam import inputs
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments
 from lowmem_adam.layout import Layout
+from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.shard import read
-from lowmem_adam.state import Span, check_state, moments_of
+from lowmem_adam.state import check_state, moments_of
 
 
 class Prepared:
@@ -28,31 +29,47 @@ class Prepared:
         state: its state, with the tensors that ``moments`` calls for.
         moments: the setting of its group.
         label: names the parameter in errors.
-        span: the blocks that the state is of.
+        layout: numbers the parameter's blocks.
+        span: those that lie here and that the state is of.
 
     Raises:
         ValueError: state that does not fit the parameter.
     """
 
-    __slots__ = ("_addresses", "_caches", "_device", "_layout", "_moments", "_param", "_setting", "_span", "_tensors")
+    __slots__ = (
+        "_addresses",
+        "_all",
+        "_caches",
+        "_device",
+        "_layout",
+        "_moments",
+        "_param",
+        "_setting",
+        "_span",
+        "_tensors",
+    )
 
-    def __init__(self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, span: Span) -> None:
-        check_state(state, param.shape, moments, label, span)
+    def __init__(
+        self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, layout: Layout, span: Span
+    ) -> None:
+        check_state(state, param.shape, moments, label, None if is_dtensor(param) else span)
         inputs.check_devices(state, param, label)
-        self._param = param.detach()
+        self._param = local(param).detach()
         # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
         self._addresses = _addresses(param, state)
         self._setting = moments
         self._span = span
+        # What lies here is the whole parameter, or all of a DTensor's part.
+        self._all = span if is_dtensor(param) else (0, layout.n_blocks)
         self._tensors = tuple(state.items())
         self._moments = moments_of(state)
-        self._layout = Layout.of(param.shape)
+        self._layout = layout
         self._device = param.device
         self._caches: dict[tuple[int, int], dict[str, Any]] = {}
 
     def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str) -> bool:
         """Whether nothing has changed but values."""
-        held = self._param
+        held, param = self._param, local(param)
         return (
             param.dtype is held.dtype
             and param.shape == held.shape
@@ -71,8 +88,8 @@ class Prepared:
         """
         layout = self._layout
         cache = self._caches.setdefault((first_block, end_block), {})
-        if first_block == 0 and end_block == layout.n_blocks:
-            return Fragment(self._param, grad.detach(), self._moments, layout, 0, end_block, cache)
+        if (first_block, end_block) == self._all:
+            return Fragment(self._param, grad.detach(), self._moments, layout, first_block, end_block, cache)
         start, stop = layout.block_start(first_block), layout.block_start(end_block)
         if "piece" in cache:
             param, moments = cache["piece"]
@@ -95,13 +112,14 @@ class Prepared:
 
 
 def _addresses(param: Tensor, state: Mapping[str, Tensor]) -> list[int]:
-    return [param.data_ptr(), *[tensor.data_ptr() for tensor in state.values()]]
+    return [local(param).data_ptr(), *[local(tensor).data_ptr() for tensor in state.values()]]
 
 
 def is_plain_gradient(param: Tensor, grad: Tensor) -> bool:
     """Whether ``inputs.check_gradient`` is certain to accept: the usual case, told with few questions."""
     return (
         type(grad) is Tensor
+        and not is_dtensor(param)
         and grad.dtype is param.dtype
         and grad.shape == param.shape
         and grad.layout is torch.strided

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lowmem_adam import checkpoint
 from lowmem_adam.layout import Layout
+from lowmem_adam.local import Span, distributed_like, is_dtensor, local
 from lowmem_adam.shard import Partition
 from lowmem_adam.shard_tensor import ShardTensor
-from lowmem_adam.state import METADATA_KEYS, Span, expected_tensors, part_of
+from lowmem_adam.state import METADATA_KEYS, expected_tensors, part_of
 
 CHUNK = 1 << 26
 """Bytes that are on their way through a device's memory to the host at a time."""
@@ -128,7 +129,7 @@ def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Part
         total = 0
         for param, state in states.items():
             if rank == partition.world.rank or param not in partition:
-                total += sum(value.nbytes for value in state.values())
+                total += sum(local(value).nbytes for value in state.values())
             elif state:
                 expected = expected_tensors(param.shape, _moments_setting(state), partition.span(param, rank))
                 total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
@@ -180,10 +181,20 @@ def local_state(
         return own
     checkpoint.check(state_dict, groups)
     state = {
-        key: part_of(tensors, params[key].shape, span_of(params[key])) if tensors else tensors
+        key: _part(tensors, params[key], span_of(params[key])) if tensors else tensors
         for key, tensors in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
+
+
+def _part(tensors: Mapping[str, Any], param: Tensor, span: Span) -> dict[str, Any]:
+    """This process's part of a parameter's whole state."""
+    if not is_dtensor(param):
+        return part_of(tensors, param.shape, span)
+    return {
+        name: value if name == "step" else distributed_like(param, value, by_block=name in METADATA_KEYS)
+        for name, value in tensors.items()
+    }
 
 
 def has_state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], bool]:

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from lowmem_adam.codec import FORMAT
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword-only arguments of the optimizers."""
+
+    maximize: bool
+    moments: str
+    low_precision_update: str
+    nonfinite: str
+    seed: int
+    backend: str | None
+    shard_group: Any
+    bucket_cap_mb: float
+
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

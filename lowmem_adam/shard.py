@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lowmem_adam.layout import Layout, Run, boxes, cut_into_shards
+from lowmem_adam.local import Span, is_dtensor, place_of
 
 ALONE_FROM = 1 << 18
 """Bytes from which a piece is sent by itself, from and to where it lies; smaller ones are sent together, in a copy."""
@@ -170,7 +171,8 @@ class Partition:
     bucket_bytes: int
     buckets: list[Bucket] = field(default_factory=list)
     loads: list[int] = field(init=False)
-    _spans: dict[Tensor, list[tuple[int, int]]] = field(default_factory=dict)
+    _layouts: dict[Tensor, Layout] = field(default_factory=dict)
+    _spans: dict[Tensor, list[Span]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.loads = [0] * self.world.size
@@ -186,18 +188,33 @@ class Partition:
         """The parameters that were cut, in that order."""
         return self._spans.keys()
 
-    def span(self, param: Tensor, rank: int | None = None) -> tuple[int, int]:
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lies."""
+        return next(iter(self._spans)).device if self._spans else torch.device("cpu")
+
+    def layout(self, param: Tensor) -> Layout:
+        """What numbers a parameter's blocks."""
+        return self._layouts[param]
+
+    def span(self, param: Tensor, rank: int | None = None) -> Span:
         """Blocks ``[first, end)`` of a parameter that a rank holds, this process's by default; ``(0, 0)`` for none."""
         return self._spans[param][self.world.rank if rank is None else rank]
 
     def own(self, param: Tensor) -> Piece:
         """What this process holds of a parameter, in one piece."""
-        return Piece(param, Layout.of(param.shape), *self.span(param))
+        return Piece(param, self.layout(param), *self.span(param))
 
     def extend(self, params: Sequence[Tensor]) -> None:
-        """Cut parameters that are new, in an order that all ranks share."""
-        layouts = [Layout.of(param.shape) for param in params]
-        shards = cut_into_shards(layouts, self.world.size, self.loads)
+        """Cut parameters that are new, in an order that all ranks share. A process alone has what lies here."""
+        places = [place_of(param) for param in params]
+        layouts = [place.layout for place in places]
+        if self.world.size == 1:
+            shards = [[Run(index, *place.span) for index, place in enumerate(places) if place.span[0] < place.span[1]]]
+        else:
+            assert not any(map(is_dtensor, params))
+            shards = cut_into_shards(layouts, self.world.size, self.loads)
+        self._layouts.update(zip(params, layouts, strict=True))
         for param in params:
             self._spans[param] = [(0, 0)] * self.world.size
         for rank, shard in enumerate(shards):

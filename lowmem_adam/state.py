@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_adam.kernels.fragment import CodedMoments, FullMoments
 from lowmem_adam.layout import Layout, is_coded
+from lowmem_adam.local import Span, is_dtensor, like, local, place_of
 
 CODED_KEYS = ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")
 METADATA_KEYS = ("block_floor", "block_span")
@@ -20,10 +21,6 @@ FULL_KEYS = ("exp_avg", "exp_avg_sq")
 def keeps_codes(shape: Sequence[int], moments: str) -> bool:
     """Whether a parameter of this global shape keeps 8-bit codes in a group with this ``moments`` setting."""
     return moments == "8bit" and is_coded(shape)
-
-
-Span = tuple[int, int]
-"""Blocks ``[first, end)`` of a parameter that are held here."""
 
 
 def expected_tensors(
@@ -53,11 +50,32 @@ def expected_tensors(
 
 
 def new_state(param: Tensor, moments: str, span: Span | None = None) -> dict[str, Tensor]:
-    """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU."""
-    return {
-        name: torch.zeros(shape, dtype=dtype, device="cpu" if name == "step" else param.device)
-        for name, (shape, dtype) in expected_tensors(param.shape, moments, span).items()
-    }
+    """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU.
+
+    Of a DTensor all but ``step`` are DTensors placed like it.
+    """
+    expected = expected_tensors(param.shape, moments, None if is_dtensor(param) else span)
+    state = {}
+    for name, (shape, dtype) in expected.items():
+        if name == "step":
+            state[name] = torch.zeros(shape, dtype=dtype)
+        elif is_dtensor(param):
+            by_block = name in METADATA_KEYS
+            part = torch.zeros(_local_shape(param, by_block), dtype=dtype, device=param.device)
+            state[name] = like(param, part, shape, by_block=by_block)
+        else:
+            state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+    return state
+
+
+def _local_shape(param: Tensor, by_block: bool) -> tuple[int, ...]:
+    """Shape of what lies here of a DTensor's state: an entry an element, or a block."""
+    place = place_of(param)
+    if not by_block:
+        return place.shape
+    if len(place.shape) < 2:
+        return (1, place.span[1] - place.span[0])
+    return (place.shape[0], Layout.of(place.shape).blocks_per_row)
 
 
 def part_of(state: Mapping[str, Any], shape: Sequence[int], span: Span) -> dict[str, Any]:
@@ -107,15 +125,15 @@ def check_state(
 def moments_of(state: Mapping[str, Any]) -> CodedMoments | FullMoments:
     """The moments in a parameter's state, as a kernel takes them."""
     if "exp_avg_code" in state:
-        return CodedMoments(*(state[key] for key in CODED_KEYS))
-    return FullMoments(*(state[key] for key in FULL_KEYS))
+        return CodedMoments(*(local(state[key]) for key in CODED_KEYS))
+    return FullMoments(*(local(state[key]) for key in FULL_KEYS))
 
 
 def memory_by_kind(states: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of the tensors held, summed by key over all parameters."""
+    """Bytes of the tensors held here, summed by key over all parameters."""
     kinds: dict[str, int] = {}
     for state in states:
         for key, value in state.items():
             if isinstance(value, Tensor):
-                kinds[key] = kinds.get(key, 0) + value.nbytes
+                kinds[key] = kinds.get(key, 0) + local(value).nbytes
     return kinds

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lowmem_adam import inputs, kernels, settings
 from lowmem_adam.kernels.fragment import StepScalars, Work
+from lowmem_adam.local import is_dtensor, local_gradient
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Gather, Partition, Piece, read, write
 from lowmem_adam.state import new_state
 
 
 class Task(NamedTuple):
-    """A parameter that this step changes, with everything about it checked."""
+    """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here."""
 
     param: Tensor
     grad: Tensor
@@ -86,6 +87,7 @@ class Stepper:
                 state = self._checked_state(param, grad, states, group["moments"], partition, label)
                 if param.device not in backends:
                     backends[param.device] = kernels.choose(group["backend"], param.device)
+                grad = local_gradient(param, grad)
                 if group["nonfinite"] == "error":
                     _check_finite(param, grad, grad_factor, partition, label)
                 step = int(state["step"]) + 1 if state else 1
@@ -124,7 +126,7 @@ class Stepper:
         if not known:
             self._prepared.pop(param, None)
             if state is not None:
-                self._prepared[param] = Prepared(param, state, moments, label, partition.span(param))
+                self._prepared[param] = _prepared(param, state, moments, label, partition)
         return state
 
     # ---------------------------------------------------------------- state
@@ -135,9 +137,8 @@ class Stepper:
         """Zero moments of this rank's blocks for parameters that get their first gradient."""
         for param, _, moments, _, _, label in tasks:
             if not states.get(param):
-                span = partition.span(param)
-                state = states[param] = new_state(param, moments, span)
-                self._prepared[param] = Prepared(param, state, moments, label, span)
+                state = states[param] = new_state(param, moments, partition.span(param))
+                self._prepared[param] = _prepared(param, state, moments, label, partition)
 
     # ---------------------------------------------------------------- update
 
@@ -181,6 +182,10 @@ class Stepper:
             write(piece.param, piece.start, piece.stop, values)
 
 
+def _prepared(param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, partition: Partition) -> Prepared:
+    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param))
+
+
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """What errors call a parameter."""
     names = group.get("param_names")
@@ -194,7 +199,7 @@ def _check_finite(param: Tensor, grad: Tensor, grad_factor: float, partition: Pa
         ValueError: an element is an infinity or NaN, or becomes one by the factor.
     """
     piece = partition.own(param)
-    if (piece.first_block, piece.end_block) != (0, piece.layout.n_blocks):
+    if not is_dtensor(param) and (piece.first_block, piece.end_block) != (0, piece.layout.n_blocks):
         grad = read(grad, piece.start, piece.stop)
     if not inputs.is_finite(grad, grad_factor):
         count = int((~(grad * grad_factor).isfinite()).sum())

@@ -1,0 +1,158 @@
+"""What a process has of a parameter: all of it, or of a DTensor the part that lies here.
+
+FSDP2 and tensor parallelism hand over DTensors. A part that is whole rows, or whole blocks of a one-dimensional
+parameter, is stepped as these blocks of the whole, so with the bits that one process gives. Columns of a matrix are
+blocks of their own, numbered from 0 on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.layout import BLOCK_SIZE, Layout, is_coded
+
+Span = tuple[int, int]
+"""Blocks ``[first, end)`` of a layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Blocks of a layout that a process has; ``shape`` is that of its tensor."""
+
+    layout: Layout
+    span: Span
+    shape: tuple[int, ...]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, told without importing them: that takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor that lies here."""
+    if not is_dtensor(tensor):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """A gradient's part for a parameter's part; a DTensor that is placed in another way is placed like it first."""
+    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def place_of(param: Tensor) -> Place:
+    """Which blocks of a parameter this process has."""
+    if not is_dtensor(param):
+        layout = Layout.of(param.shape)
+        return Place(layout, (0, layout.n_blocks), tuple(param.shape))
+    # Not public, and what torch.distributed.checkpoint itself places DTensors with.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    shape, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    shape, offset = tuple(shape), tuple(offset)
+    whole = Layout.of(param.shape)
+    if 0 in shape:
+        return Place(whole, (0, 0), shape)
+    if len(shape) >= 2 and shape[1:] == tuple(param.shape[1:]):
+        first = offset[0] * whole.blocks_per_row
+        return Place(whole, (first, first + shape[0] * whole.blocks_per_row), shape)
+    if len(shape) == 1:
+        stop = offset[0] + shape[0]
+        if offset[0] % BLOCK_SIZE == 0 and (stop % BLOCK_SIZE == 0 or stop == whole.cols):
+            return Place(whole, (offset[0] // BLOCK_SIZE, -(-stop // BLOCK_SIZE)), shape)
+    part = Layout.of(shape)
+    return Place(part, (0, part.n_blocks), shape)
+
+
+def check_dtensor(param: Any, moments: str, label: str) -> None:
+    """Check that a DTensor is placed in a way that can be stepped.
+
+    Raises:
+        ValueError: sums that are not yet taken; 8-bit blocks that a cut would go through.
+    """
+    placements = tuple(param.placements)
+    for placement in placements:
+        if placement.is_partial():
+            raise ValueError(f"{label} is a DTensor placed {placements}; accepted: Shard and Replicate")
+    coded = moments == "8bit" and is_coded(param.shape)
+    if coded and not _aligned_everywhere(param):
+        raise ValueError(
+            f"{label} of shape {tuple(param.shape)} is a DTensor placed {placements}, which cuts through blocks of "
+            f'{BLOCK_SIZE} elements; accepted: cuts between them, or a param group with moments="32bit"'
+        )
+
+
+def _aligned_everywhere(param: Any) -> bool:
+    """Whether every cut through the parameter, on all ranks, lies between two blocks."""
+    cut = {placement.dim for placement in param.placements if placement.is_shard()}
+    if param.ndim < 2:
+        return not cut or _chunk(param, 0) % BLOCK_SIZE == 0
+    return cut <= {0} or (cut <= {0, 1} and _chunk(param, 1) * math.prod(param.shape[2:]) % BLOCK_SIZE == 0)
+
+
+def _chunk(param: Any, dim: int) -> int:
+    """What a rank has of a dimension that is cut, but for the last ones: DTensor cuts like torch.chunk."""
+    ranks: int = math.prod(
+        param.device_mesh.size(axis) for axis, placement in enumerate(param.placements) if placement.is_shard(dim)
+    )
+    size: int = param.shape[dim]
+    chunk: int = -(-size // ranks)
+    return chunk
+
+
+def like(param: Any, part: Tensor, shape: Sequence[int], *, by_block: bool) -> Tensor:
+    """A tensor of the state, placed as its parameter.
+
+    Args:
+        param: the parameter.
+        part: what lies here.
+        shape: of the whole.
+        by_block: it has an entry a block, ``(rows, blocks_per_row)``; of a one-dimensional parameter that is one row.
+    """
+    if not is_dtensor(param):
+        return part
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = param.placements
+    if by_block and param.ndim == 1:
+        placements = [Shard(1) if placement.is_shard() else placement for placement in placements]
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    made: Tensor = DTensor.from_local(
+        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+    )
+    return made
+
+
+def distributed_like(param: Any, value: Tensor, *, by_block: bool) -> Tensor:
+    """A whole tensor, which every rank has, placed as its parameter; nothing is sent."""
+    if not is_dtensor(param) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    placements = param.placements
+    if by_block and param.ndim == 1:
+        placements = [Shard(1) if placement.is_shard() else placement for placement in placements]
+    made: Tensor = distribute_tensor(value, param.device_mesh, placements, src_data_rank=None)
+    return made
+
+
+def groups_of(params: Iterable[Any]) -> list[Any]:
+    """The process groups that the parts of DTensors are spread over, each once."""
+    groups: dict[str, Any] = {}
+    for mesh in {param.device_mesh for param in params if is_dtensor(param)}:
+        for group in mesh.get_all_groups():
+            groups[group.group_name] = group
+    return [groups[name] for name in sorted(groups)]
