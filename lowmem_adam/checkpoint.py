@@ -1,151 +1,85 @@
-"""Saved state: what it must look like, and how it passes torch's loader untouched.
-
-``Optimizer.load_state_dict`` casts every tensor but ``step`` to its parameter's dtype, which would turn codes into
-floats. So the tensors go through it wrapped in an object it does not look into.
-"""
+"""Checkpoints as files, and state for other optimizers: what is done with an optimizer from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import pickle
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lowmem_adam import settings
-from lowmem_adam.codec import FORMAT
-from lowmem_adam.local import Span, local
-from lowmem_adam.state import check_state
-
-MAX_STEP = 2**53
-"""Steps are counted exactly in double, in which the bias corrections are computed."""
+from lowmem_adam import foreign
+from lowmem_adam.optimizer import Adam8bit
 
 
-@dataclass(frozen=True, slots=True)
-class _Sealed:
-    tensor: Tensor
+def save(opt: Adam8bit, path: str | os.PathLike[str], to: int = 0) -> None:
+    """Write the whole state to a file; a collective where the moments are sharded, and one rank writes.
 
-
-def check(
-    state_dict: Any, groups: Sequence[Mapping[str, Any]], span_of: Callable[[Tensor], Span | None] = lambda _: None
-) -> None:
-    """Check saved state against the optimizer that is to load it, before anything changes.
+    The file is there whole or not at all: it is written beside its place, then renamed. What was there before stays
+    until then.
 
     Args:
-        state_dict: as returned by ``state_dict()``, of whole parameters or as ``local_state`` makes it.
-        groups: the optimizer's own param groups.
-        span_of: the blocks of a parameter that the state is of; None for all.
+        opt: the optimizer.
+        path: of the file; its folder exists.
+        to: the rank that puts the state together and writes it.
 
     Raises:
-        ValueError: not a state_dict; state of another optimizer or format version; another number of groups or
-            parameters; a parameter of another shape; missing, surplus or wrong tensors; settings not accepted.
+        OSError: it cannot be written; a file that was there is as it was.
     """
-    check_form(state_dict)
-    owners = _owners(state_dict, groups)
-    for key, state in state_dict["state"].items():
-        if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
-            continue
-        param, moments, label = owners[key]
-        check_state(state, param.shape, moments, label, span_of(param))
-        _check_values(state, label)
+    whole = opt.consolidate_state_dict(to)
+    if whole is None:
+        return
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(whole, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
-def _owners(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[Tensor, str, str]]:
-    """The optimizer's parameter, its ``moments`` and its label for every saved id; checks groups and ids."""
-    saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
-    owners: dict[Any, tuple[Tensor, str, str]] = {}
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_group(saved, group, f"state_dict, param group {index}")
-        names = group.get("param_names", [None] * len(group["params"]))
-        for key, param, name in zip(saved["params"], group["params"], names, strict=True):
-            label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
-            owners[key] = (param, group["moments"], label)
-    if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
-        raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
-    for key, state in state_dict["state"].items():
-        if key not in owners:
-            raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
-        if not isinstance(state, Mapping):
-            label = owners[key][2]
-            raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
-    return owners
+def load(opt: Adam8bit, path: str | os.PathLike[str]) -> None:
+    """Load what ``save`` wrote, or another file that ``load_state_dict`` takes, on any number of ranks.
 
+    The file is mapped, so that a rank reads its own part of it.
 
-def check_form(state_dict: Any) -> None:
-    """A dictionary with a dictionary ``state`` and a list of dictionaries ``param_groups``."""
-    accepted = "accepted: a dictionary made by state_dict()"
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict is a {type(state_dict).__name__}; {accepted}")
-    for key, kind in (("state", Mapping), ("param_groups", list)):
-        if not isinstance(state_dict.get(key), kind):
-            found = f"{key!r} of type {type(state_dict[key]).__name__}" if key in state_dict else f"no {key!r}"
-            raise ValueError(f"state_dict has {found}; {accepted}")
-    for index, group in enumerate(state_dict["param_groups"]):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
-            raise ValueError(f"state_dict: param group {index} is no dictionary with a list 'params'; {accepted}")
-
-
-def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
-    if len(saved["params"]) != len(group["params"]):
-        raise ValueError(f"{where} has {len(saved['params'])} parameters; accepted: {len(group['params'])}")
-    if "format_version" not in saved:
-        raise ValueError(
-            f"{where} has no format_version, so it is another optimizer's state; accepted: state of Adam8bit, AdamW8bit"
-        )
-    settings.check_version(saved["format_version"], where)
-    for name, meaning in (("decoupled_weight_decay", "the class of optimizer"), ("moments", "the constructor's")):
-        if saved.get(name) != group[name]:
-            raise ValueError(f"{where}: {name} is {saved.get(name)!r}; accepted: {group[name]!r}, {meaning}")
-    if missing := [name for name in settings.REQUIRED if name not in saved]:
-        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; accepted: every setting of this version")
-    settings.check_group({**saved, "backend": group["backend"]}, where)
-
-
-def _check_values(state: Mapping[str, Tensor], label: str) -> None:
-    """What no step writes would decode to nonsense."""
-    if not 0 <= int(state["step"]) < MAX_STEP:
-        raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}")
-    floor, octaves = (local(state[key]) if key in state else None for key in ("block_floor", "block_span"))
-    if floor is not None and octaves is not None and octaves.numel():
-        span = int(octaves.max())
-        if span > FORMAT.max_octaves:
-            raise ValueError(f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves")
-        ceiling = int((floor.to(torch.int32) + octaves).max())
-        if ceiling > FORMAT.max_exponent:
-            raise ValueError(
-                f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to {FORMAT.max_exponent}"
-            )
-
-
-def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A copy of the state with sealed tensors.
-
-    The machine's own choice of backend stays as the optimizer has it.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no checkpoint, or its state does not fit; nothing has changed then.
     """
-    state = {
-        param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
-    }
-    saved_groups = [
-        {**saved, "backend": group["backend"]} for saved, group in zip(state_dict["param_groups"], groups, strict=True)
-    ]
-    return {**state_dict, "state": state, "param_groups": saved_groups}
+    try:
+        state_dict: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        # What torch says of a damaged file does not name it.
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error}; accepted: a whole file made by save") from error
+    opt.load_state_dict(state_dict)
 
 
-def unseal(states: Mapping[Tensor, dict[str, Any]], held: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Unwrap in place: contiguous copies on the parameter's device, ``step`` on the CPU.
+def export(opt: Adam8bit, format: str = "torch", to: int = 0) -> dict[str, Any] | None:  # noqa: A002
+    """The state as another optimizer's ``load_state_dict`` takes it; a collective where the moments are sharded.
 
     Args:
-        states: the optimizer's state after torch's loader, by parameter.
-        held: its state before; tensors that come back as they were are not copied.
+        opt: the optimizer.
+        format: ``"torch"`` for ``torch.optim.AdamW`` (``Adam`` of an ``Adam8bit``), ``"bitsandbytes"`` for its AdamW
+            and Adam classes in 8 bits.
+        to: the rank that gets it.
+
+    Returns:
+        A state_dict on rank ``to``, None on others.
+
+    Raises:
+        ValueError: another format; settings that the other optimizer does not have, see ``foreign.from_own``.
     """
-    for param, state in states.items():
-        before = held.get(param, {})
-        for key, sealed in state.items():
-            if before.get(key) is sealed.tensor:
-                state[key] = sealed.tensor
-            else:
-                device = torch.device("cpu") if key == "step" else param.device
-                state[key] = sealed.tensor.to(device=device, copy=True, memory_format=torch.contiguous_format)
+    if format not in foreign.FORMATS:
+        raise ValueError(f"format is {format!r}; accepted: {', '.join(map(repr, foreign.FORMATS))}")
+    whole = opt.consolidate_state_dict(to)
+    opt.forget_consolidated()
+    return None if whole is None else foreign.from_own(whole, opt.param_groups, format)

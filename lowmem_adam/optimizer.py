@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, checkpoint, inputs, kernels, local, resharding, settings
+from lowmem_adam import agreement, foreign, inputs, kernels, local, resharding, saved_state, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -365,7 +365,7 @@ class Adam8bit(torch.optim.Optimizer):
         For those who call ``state_dict()`` on one rank only: it returns this state there, until the next step.
 
         Args:
-            to: rank in ``shard_group``.
+            to: rank in ``shard_group``; where parameters are DTensors, in the default process group.
 
         Returns:
             The whole state on rank ``to``, as an optimizer without shards has it; None on others.
@@ -374,14 +374,20 @@ class Adam8bit(torch.optim.Optimizer):
             ValueError: there is no such rank.
         """
         world = self._cut().world
-        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < world.size:
-            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {world.size}")
+        spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
+        ranks = torch.distributed.get_world_size() if spread else world.size
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
+            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}")
         if world.size == 1:
-            return self.state_dict()
+            return resharding.gathered(super().state_dict(), to) if spread else super().state_dict()
         packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
         whole = packed if world.rank == to else None
         self._consolidated = whole or {}
         return whole
+
+    def forget_consolidated(self) -> None:
+        """Drop what ``consolidate_state_dict`` keeps for the next ``state_dict()``."""
+        self._consolidated = None
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The state for ``torch.distributed.checkpoint.save`` and ``load``: no rank holds more than its own part.
@@ -417,26 +423,29 @@ class Adam8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, bit for bit; the tensors are copied.
 
+        Also state of torch's Adam and AdamW, and of bitsandbytes' in 8 and 32 bits, of the same parameters.
+
         Settings of the param groups come from the saved state, except ``backend``, which is the machine's. A sharded
         optimizer takes its part of a whole state, whatever number of ranks has saved it.
 
         Raises:
-            ValueError: state that does not fit, see ``checkpoint.check``; nothing has changed then.
+            ValueError: state that does not fit, see ``saved_state.check`` and ``foreign.to_own``; nothing has changed
+                then.
         """
         held = {param: dict(state) for param, state in self.state.items()}
 
         def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.check_form(given)
+            given = foreign.to_own(given, self.param_groups)
             partition = self._cut(resharding.has_state(given, self.param_groups))
             own = resharding.local_state(given, self.param_groups, partition)
-            return checkpoint.seal(own, self.param_groups)
+            return saved_state.seal(own, self.param_groups)
 
         def unseal(_: torch.optim.Optimizer) -> None:
-            checkpoint.unseal(self.state, held)
+            saved_state.unseal(self.state, held)
 
         # As hooks, so that the user's own hooks see plain tensors on both sides.
         if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it
-            checkpoint.check(state_dict, self.param_groups)
+            saved_state.check(state_dict, self.param_groups)
         before = self.register_load_state_dict_pre_hook(check_and_seal)
         after = self.register_load_state_dict_post_hook(unseal, prepend=True)
         try:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem_adam import checkpoint
+from lowmem_adam import saved_state
 from lowmem_adam.layout import Layout
 from lowmem_adam.local import Span, distributed_like, is_dtensor, local
 from lowmem_adam.shard import Partition
@@ -95,6 +95,19 @@ def as_whole(
     return {**state_dict, "state": whole} if partition.world.rank == to else None
 
 
+def gathered(state_dict: Mapping[str, Any], to: int) -> dict[str, Any] | None:
+    """DTensors put together on one rank of the default group, on the CPU; a collective, one tensor after the other."""
+    here = dist.get_rank() == to
+    state: dict[Any, dict[str, Any]] = {}
+    for key, tensors in state_dict["state"].items():
+        state[key] = {}
+        for name, value in tensors.items():
+            whole = value.full_tensor() if is_dtensor(value) else value
+            if here:
+                state[key][name] = whole.cpu()
+    return {**state_dict, "state": state} if here else None
+
+
 def _collect(
     own: Tensor, name: str, shape: tuple[int, ...], param: Tensor, partition: Partition, to: int
 ) -> Tensor | None:
@@ -150,12 +163,12 @@ def local_state(
     """A state_dict of any form as this rank's own part of it, checked.
 
     Args:
-        state_dict: what is to be loaded; its form has been looked at by ``checkpoint.check_form``.
+        state_dict: what is to be loaded; its form has been looked at by ``saved_state.check_form``.
         groups: the optimizer's own param groups.
         partition: has cut all parameters that have saved state.
 
     Raises:
-        ValueError: as ``checkpoint.check``; also the shard of another rank, world size or cut.
+        ValueError: as ``saved_state.check``; also the shard of another rank, world size or cut.
     """
     params = {
         key: param
@@ -169,7 +182,7 @@ def local_state(
     shard = _own_shard(state_dict, params, span_of, partition)
     if shard is not None:
         own = {**state_dict, "state": shard}
-        checkpoint.check(own, groups, span_of)
+        saved_state.check(own, groups, span_of)
         return own
     if any(isinstance(value, ShardTensor) for state in state_dict["state"].values() for value in _values(state)):
         state = {
@@ -177,9 +190,9 @@ def local_state(
             for key, tensors in state_dict["state"].items()
         }
         own = {**state_dict, "state": state}
-        checkpoint.check(own, groups, span_of)
+        saved_state.check(own, groups, span_of)
         return own
-    checkpoint.check(state_dict, groups)
+    saved_state.check(state_dict, groups)
     state = {
         key: _part(tensors, params[key], span_of(params[key])) if tensors else tensors
         for key, tensors in state_dict["state"].items()

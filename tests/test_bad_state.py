@@ -29,7 +29,7 @@ def saved_by(
 
 def saved_by_torch() -> dict[str, Any]:
     params = make_params(FEW)
-    opt = torch.optim.AdamW(params)
+    opt = torch.optim.Adam(params)
     train(opt, params, 1)
     return opt.state_dict()
 
@@ -65,7 +65,7 @@ def without(name: str) -> Callable[[], Any]:
 
 ROWS: list[tuple[str, Callable[[], Any], str]] = [
     ("another class", lambda: saved_by(Adam8bit), "decoupled_weight_decay is False; accepted: True"),
-    ("torch AdamW", saved_by_torch, "format_version.*another optimizer.*accepted"),
+    ("torch Adam", saved_by_torch, "decoupled_weight_decay is False; accepted: True"),
     ("other shapes", lambda: saved_by(shapes=OTHER_SHAPES), r"parameter 0.*\(128, 64\).*accepted: \(64, 128\)"),
     ("smaller shapes", lambda: saved_by(shapes=SMALLER), "parameter 0.*accepted"),
     ("more parameters", lambda: saved_by(shapes=SHAPES), f"{len(SHAPES)} parameters; accepted: {len(FEW)}"),

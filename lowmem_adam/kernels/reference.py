@@ -48,9 +48,9 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
         blocks = slice(tile.first_block - fragment.first_block, tile.first_block - fragment.first_block + tile.n_blocks)
         dither = codec.Dither(tile, scalars.step, scalars.seed, device)
 
-        gradient = _to_blocks(grad.read(low, high).to(torch.float32), tile)
-        weight = _to_blocks(param.read(low, high).to(torch.float32), tile)
-        exp_avg, exp_avg_sq = _load_moments(fragment.moments, tile, low, high, blocks)
+        gradient = to_blocks(grad.read(low, high).to(torch.float32), tile)
+        weight = to_blocks(param.read(low, high).to(torch.float32), tile)
+        exp_avg, exp_avg_sq = load_moments(fragment.moments, tile, low, high, blocks)
         keep = _blocks_to_keep(gradient * scalars.grad_scale) if scalars.skip_nonfinite else None
         new_weight, new_exp_avg, new_exp_avg_sq, root = _adam(weight, gradient, exp_avg, exp_avg_sq, scalars)
 
@@ -59,11 +59,11 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
             skipped += keep.sum()
             # A low-precision weight is widened and rounded back exactly, so this restores it (a NaN stays some NaN).
             stored = torch.where(keep, weight.to(stored.dtype), stored)
-        param.write(low, high, _from_blocks(stored, tile))
+        param.write(low, high, from_blocks(stored, tile))
         if isinstance(fragment.moments, CodedMoments):
-            _store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
+            store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
         else:
-            _store_full(fragment.moments, (exp_avg, exp_avg_sq), (new_exp_avg, new_exp_avg_sq), keep, tile, low, high)
+            store_full(fragment.moments, (exp_avg, exp_avg_sq), (new_exp_avg, new_exp_avg_sq), keep, tile, low, high)
     return skipped
 
 
@@ -172,26 +172,26 @@ class _FlatView:
         return positions
 
 
-def _to_blocks(flat: Tensor, tile: Tile) -> Tensor:
+def to_blocks(flat: Tensor, tile: Tile) -> Tensor:
     """A tile's elements as its block matrix ``(n_blocks, width)``, tails padded with zeros."""
     padding = tile.blocks_per_row * BLOCK_SIZE - tile.cols if tile.cols > BLOCK_SIZE else 0
     matrix = flat.view(tile.rows, tile.cols)
     return (F.pad(matrix, (0, padding)) if padding else matrix).view(tile.n_blocks, tile.width)
 
 
-def _from_blocks(matrix: Tensor, tile: Tile) -> Tensor:
-    """The inverse of ``_to_blocks``: the tile's elements, flat."""
+def from_blocks(matrix: Tensor, tile: Tile) -> Tensor:
+    """The inverse of ``to_blocks``: the tile's elements, flat."""
     return matrix.view(tile.rows, -1)[:, : tile.cols].reshape(-1)
 
 
-def _load_moments(
+def load_moments(
     moments: CodedMoments | FullMoments, tile: Tile, low: int, high: int, blocks: slice
 ) -> tuple[Tensor, Tensor]:
     """First and second moment of a tile, float32 ``(n_blocks, width)``."""
     if isinstance(moments, FullMoments):
         return (
-            _to_blocks(moments.exp_avg.view(-1)[low:high], tile),
-            _to_blocks(moments.exp_avg_sq.view(-1)[low:high], tile),
+            to_blocks(moments.exp_avg.view(-1)[low:high], tile),
+            to_blocks(moments.exp_avg_sq.view(-1)[low:high], tile),
         )
     exp_avg, root = codec.decode(_load_codes(moments, tile, low, high, blocks))
     return exp_avg, root.mul_(root)
@@ -199,15 +199,16 @@ def _load_moments(
 
 def _load_codes(moments: CodedMoments, tile: Tile, low: int, high: int, blocks: slice) -> codec.Codes:
     return codec.Codes(
-        _to_blocks(moments.exp_avg_code.view(-1)[low:high], tile),
-        _to_blocks(moments.exp_avg_sq_code.view(-1)[low:high], tile),
+        to_blocks(moments.exp_avg_code.view(-1)[low:high], tile),
+        to_blocks(moments.exp_avg_sq_code.view(-1)[low:high], tile),
         codec.Grid(moments.block_floor.view(-1)[blocks], moments.block_span.view(-1)[blocks]),
     )
 
 
-def _store_codes(
+def store_codes(
     moments: CodedMoments, new: codec.Codes, keep: Tensor | None, tile: Tile, low: int, high: int, blocks: slice
 ) -> None:
+    """Write new codes and metadata of a tile, but for what ``keep`` leaves as it is."""
     if keep is not None:
         old = _load_codes(moments, tile, low, high, blocks)
         new = codec.Codes(
@@ -218,13 +219,13 @@ def _store_codes(
                 torch.where(keep[:, 0], old.grid.span, new.grid.span),
             ),
         )
-    moments.exp_avg_code.view(-1)[low:high].copy_(_from_blocks(new.exp_avg, tile))
-    moments.exp_avg_sq_code.view(-1)[low:high].copy_(_from_blocks(new.root, tile))
+    moments.exp_avg_code.view(-1)[low:high].copy_(from_blocks(new.exp_avg, tile))
+    moments.exp_avg_sq_code.view(-1)[low:high].copy_(from_blocks(new.root, tile))
     moments.block_floor.view(-1)[blocks].copy_(new.grid.floor)
     moments.block_span.view(-1)[blocks].copy_(new.grid.span)
 
 
-def _store_full(
+def store_full(
     moments: FullMoments,
     old: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
@@ -233,6 +234,7 @@ def _store_full(
     low: int,
     high: int,
 ) -> None:
+    """Write new fp32 moments of a tile, but for what ``keep`` leaves as it is."""
     for tensor, before, after in zip((moments.exp_avg, moments.exp_avg_sq), old, new, strict=True):
         value = after if keep is None else torch.where(keep, before, after)
-        tensor.view(-1)[low:high].copy_(_from_blocks(value, tile))
+        tensor.view(-1)[low:high].copy_(from_blocks(value, tile))

@@ -1,0 +1,149 @@
+"""State of other optimizers as ours, and ours as theirs: torch's Adam and AdamW, bitsandbytes' in 8 and 32 bits.
+
+Functions of whole state_dicts and of our optimizer's param groups; they change neither. Work goes tile by tile: only
+an export to bitsandbytes holds one parameter's moments in fp32 at a time.
+
+``moments`` has how ours are coded and decoded; ``of_torch`` and ``of_bitsandbytes`` have what the others look like.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_adam import saved_state, settings
+from lowmem_adam.foreign import of_bitsandbytes, of_torch
+from lowmem_adam.foreign.moments import SHARED_SETTINGS, Format, coded_state
+
+FORMATS: dict[str, Format] = {"torch": of_torch.FORMAT, "bitsandbytes": of_bitsandbytes.FORMAT}
+"""Whose state is read and written, beside our own."""
+
+OWN_SETTINGS = (*settings.REQUIRED, "backend", "decoupled_weight_decay", "format_version")
+
+
+def kind_of(state_dict: Any) -> str:
+    """Whose state this is.
+
+    Returns:
+        ``"lowmem_adam"``, ``"torch"`` (Adam or AdamW) or ``"bitsandbytes"`` (any of its optimizers: ``to_own`` refuses
+        those that are not Adam). State of bitsandbytes before 0.44 is not told from others' where it is empty.
+
+    Raises:
+        ValueError: no state_dict, or another optimizer's.
+    """
+    saved_state.check_form(state_dict)
+    names = set().union(*state_dict["param_groups"]) - {"params"}
+    keys = set().union(*(state for state in state_dict["state"].values() if isinstance(state, Mapping)))
+    if "format_version" in names:
+        return "lowmem_adam"
+    for kind, form in FORMATS.items():
+        if form.is_ours(names, keys):
+            return kind
+    raise ValueError(
+        f"state_dict has no format_version, but settings {sorted(map(str, names))} and state {sorted(map(str, keys))}; "
+        "accepted: state of Adam8bit, AdamW8bit; of torch.optim.Adam, AdamW; of bitsandbytes' Adam, AdamW in 8 or 32 "
+        "bits"
+    )
+
+
+def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """State of our optimizer, made of another's; our own is returned as it is, unchecked.
+
+    lr, betas, eps, weight_decay, maximize, and whatever others left in the groups, such as a scheduler's
+    ``initial_lr``, come from the saved state as in a load of our own; settings that it does not have come from
+    ``groups``. Moments of parameters that keep codes are coded to nearest, the others become fp32, both in row-major
+    order, on the device where they are.
+
+    Args:
+        state_dict: as their ``state_dict()`` returns it, unsharded.
+        groups: our optimizer's param groups.
+
+    Returns:
+        A new dictionary that passes ``saved_state.check``; parameters keep their ids. No tensor is shared.
+
+    Raises:
+        ValueError: of another optimizer, AMSGrad, AdEMAMix and LAMB included; other numbers of groups or parameters;
+            another shape or dtype; missing or surplus tensors; moments that are not finite, negative second ones;
+            torch's other class of weight decay, or any of bitsandbytes', which is decoupled in its Adam too, for
+            ``Adam8bit``; blocks that do not have 256 elements; the gradient norms of percentile clipping.
+        TypeError: a setting in a group that our optimizer knows to be another's.
+    """
+    kind = kind_of(state_dict)
+    if kind == "lowmem_adam":
+        return dict(state_dict)
+    form, saved_groups = FORMATS[kind], state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
+    own_groups = [
+        _own_group(saved, group, form, f"state_dict, param group {index}")
+        for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
+    ]
+    own = {**state_dict, "param_groups": own_groups}
+    owners = saved_state.owners_of(own, groups)  # groups and ids are checked before the moments, which take long
+    own["state"] = {}
+    for key, state in state_dict["state"].items():
+        if state:  # an empty one is left behind where somebody read optimizer.state[param]
+            param, moments, label = owners[key]
+            source = form.read_state(state, param.shape, label)
+            own["state"][key] = coded_state(source, param.shape, moments, label)
+    saved_state.check(own, groups)
+    return own
+
+
+def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """State of another optimizer, made of ours.
+
+    ``"torch"``: what ``torch.optim.AdamW`` (``Adam`` for ``Adam8bit``) holds and writes in the torch installed here:
+    moments in the parameter's dtype and strides, ``step`` as a float32 scalar (exact up to 2^24). From fp32, ``to_own``
+    makes the same state again, every value bit for bit and the codes with it (but see ``moments.recovered_grid``; and a
+    code of m beside a root of 0, which stands for 0 whatever it is, becomes that of 0), as long as v is 0 or a normal
+    number. 16 bits lose what torch's own moments lose.
+
+    ``"bitsandbytes"``: the nested form, which bitsandbytes reads from 0.49.2 on, for its Adam and AdamW classes alike,
+    since they take the same step. Each parameter is in 8 bits as ``AdamW8bit`` has it, nearest values of the dynamic
+    map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. Its map
+    has no positive value below 3.25e-7 of a block's largest v: less than half of that becomes 0.
+
+    Args:
+        state_dict: ours, whole.
+        groups: our optimizer's param groups: shapes, dtypes and strides of the parameters.
+        kind: ``"torch"`` or ``"bitsandbytes"``.
+
+    Returns:
+        A new dictionary; parameters keep their ids, moments are on the device of the state. No tensor is shared.
+
+    Raises:
+        ValueError: another kind; state that ``saved_state.check`` refuses; ``maximize`` or L2 weight decay, which
+            bitsandbytes does not have.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(map(repr, FORMATS))}")
+    saved_state.check(state_dict, groups)
+    form, saved_groups = FORMATS[kind], state_dict["param_groups"]
+    theirs = []
+    for index, saved in enumerate(saved_groups):
+        defaults = form.defaults(saved, f"state_dict, param group {index}")
+        # Their settings in their order with our values, then what others left in the group, then the parameters.
+        carried = {name: copy.deepcopy(saved[name]) for name in saved if name in defaults or name not in OWN_SETTINGS}
+        params = carried.pop("params")
+        theirs.append({**defaults, **carried, "lr": float(saved["lr"]), "params": params})
+    owners = saved_state.owners_of(state_dict, groups)
+    states = {key: form.write_state(state, *owners[key][:2]) for key, state in state_dict["state"].items() if state}
+    return {**state_dict, "state": states, "param_groups": theirs}
+
+
+def _own_group(saved: Mapping[str, Any], group: Mapping[str, Any], form: Format, where: str) -> dict[str, Any]:
+    if missing := [name for name in SHARED_SETTINGS if name not in saved]:
+        raise ValueError(
+            f"{where} has no {', '.join(map(repr, missing))}; accepted: all of {', '.join(SHARED_SETTINGS)}"
+        )
+    form.check_group(saved, group, where)
+    own = {name: group[name] for name in OWN_SETTINGS if name in group}
+    carried = {name: copy.deepcopy(value) for name, value in saved.items() if name not in form.settings}
+    betas = carried["betas"]
+    if isinstance(betas, tuple | list):  # of tensors, where torch captures steps in a graph
+        carried["betas"] = tuple(float(beta) if isinstance(beta, Tensor) else beta for beta in betas)
+    return {**own, **carried}

@@ -1,0 +1,64 @@
+"""State of ``torch.optim.Adam`` and ``AdamW``: fp32 or 16-bit moments in the parameter's dtype and strides.
+
+Source: torch 2.13, ``torch/optim/adam.py``, ``adamw.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_adam.foreign.moments import (
+    Format,
+    Source,
+    check_keys,
+    decode_into,
+    pair_of_sources,
+    plain_tensor,
+    step_count,
+)
+from lowmem_adam.inputs import PARAM_DTYPES
+
+
+def _is_ours(names: set[str], keys: set[str]) -> bool:
+    # Only Adam and AdamW have it: RAdam's and NAdam's state looks the same, but stands for other steps.
+    return "amsgrad" in names
+
+
+def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+    if saved.get("amsgrad") is not False:
+        raise ValueError(f"{where}: amsgrad is {saved.get('amsgrad')!r}; accepted: False, there is no AMSGrad variant")
+
+
+def _read_state(state: Mapping[str, Any], shape: Sequence[int], label: str) -> Source:
+    if "max_exp_avg_sq" in state:
+        raise ValueError(f"{label} has max_exp_avg_sq; accepted: state without, there is no AMSGrad variant")
+    check_keys(state, ("step", "exp_avg", "exp_avg_sq"), label)
+    exp_avg, exp_avg_sq = (plain_tensor(state, key, shape, PARAM_DTYPES, label) for key in ("exp_avg", "exp_avg_sq"))
+    return Source(step_count(state["step"], label), exp_avg.device, pair_of_sources(exp_avg, exp_avg_sq))
+
+
+def _defaults(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    theirs = torch.optim.AdamW if saved["decoupled_weight_decay"] else torch.optim.Adam
+    return dict(theirs([torch.empty(0)]).defaults)
+
+
+def _write_state(state: Mapping[str, Tensor], param: Tensor, moments: str) -> dict[str, Any]:
+    device = next(tensor.device for key, tensor in state.items() if key != "step")
+    # torch's fused step takes for granted that moments lie in memory as their parameter does.
+    exp_avg, exp_avg_sq = (torch.empty_like(param, device=device, requires_grad=False) for _ in range(2))
+    decode_into(state, exp_avg, exp_avg_sq)
+    return {"step": state["step"].to(torch.float32), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+FORMAT = Format(
+    settings=("amsgrad", "foreach", "capturable", "differentiable", "fused"),
+    is_ours=_is_ours,
+    check_group=_check_group,
+    read_state=_read_state,
+    defaults=_defaults,
+    write_state=_write_state,
+)

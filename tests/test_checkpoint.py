@@ -1,0 +1,139 @@
+"""State in files and for other optimizers, with shards and without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_adam import Adam8bit, AdamW8bit, checkpoint
+from lowmem_adam.foreign import FORMATS
+from tests.cases import FEW, assert_same_bits, copied, differ, everything, make_params, params_of, train
+from tests.ranks import NEEDS_GLOO, on_ranks
+
+
+def trained(seed: int = 0, **settings: Any) -> AdamW8bit:
+    opt = AdamW8bit(make_params(FEW, seed=seed), lr=0.01, **settings)
+    train(opt, params_of(opt), 2, seed)
+    return opt
+
+
+def test_a_file_holds_the_state_to_the_bit(tmp_path: Path) -> None:
+    opt, other = trained(), trained(seed=1)
+    checkpoint.save(opt, tmp_path / "state.pt")
+    assert differ(opt.state_dict(), other.state_dict())
+    checkpoint.load(other, tmp_path / "state.pt")
+    assert_same_bits(opt.state_dict(), other.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, path = trained(), tmp_path / "state.pt"
+    checkpoint.save(opt, path)
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    train(opt, params_of(opt), 1)
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                checkpoint.save(opt, path)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+    with pytest.raises(FileNotFoundError):
+        checkpoint.save(opt, tmp_path / "absent" / "state.pt")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 0.5, 0.999])
+def test_a_truncated_file_is_named_and_changes_nothing(tmp_path: Path, size: float) -> None:
+    opt, path = trained(), tmp_path / "state.pt"
+    checkpoint.save(opt, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: size if isinstance(size, int) else int(size * len(whole))])
+    before = everything(opt)
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read: .*; accepted: a whole file made by save"):
+        checkpoint.load(opt, path)
+    assert_same_bits(everything(opt), before)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    opt, path = trained(), tmp_path / "state.pt"
+    before = everything(opt)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(opt, path)
+    torch.save({"weights": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="state_dict has no 'state'"):
+        checkpoint.load(opt, path)
+    torch.save(opt, path)  # more than tensors
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
+        checkpoint.load(opt, path)
+    assert_same_bits(everything(opt), before)
+
+
+def test_state_goes_to_torch_and_comes_back() -> None:
+    opt = trained()
+    theirs = torch.optim.AdamW(copied_params(opt))
+    given = checkpoint.export(opt)
+    assert given is not None
+    theirs.load_state_dict(copied(given))  # which it does not copy itself
+    train(theirs, params_of(theirs), 1)
+    back = AdamW8bit(copied_params(opt))
+    back.load_state_dict(given)
+    assert_same_bits(back.state_dict(), opt.state_dict())
+    l2 = checkpoint.export(Adam8bit(make_params(FEW)), format="torch")
+    assert l2 is not None
+    torch.optim.Adam(make_params(FEW)).load_state_dict(l2)
+    with pytest.raises(ValueError, match="format is 'numpy'; accepted: 'torch', 'bitsandbytes'"):
+        checkpoint.export(opt, format="numpy")
+
+
+def copied_params(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [torch.nn.Parameter(copied(param)) for param in params_of(opt)]
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+def job(rank: int, folder: Path) -> Any:
+    """Files and other formats, of sharded moments."""
+    opt = trained(shard_group="world")
+    checkpoint.save(opt, folder / "state.pt", to=1)
+    exported = {kind: checkpoint.export(opt, format=kind, to=1) for kind in FORMATS}
+    assert all((value is None) == (rank == 0) for value in exported.values())
+    torch.distributed.barrier()
+    other = trained(seed=1, shard_group="world")
+    checkpoint.load(other, folder / "state.pt")
+    if rank == 1:
+        torch.save(exported, folder / "exported.pt")
+    torch.distributed.barrier()
+    imported = {}
+    for kind, state in torch.load(folder / "exported.pt", weights_only=True).items():
+        fresh = AdamW8bit(make_params(FEW), shard_group="world")
+        fresh.load_state_dict(state)
+        imported[kind] = fresh.consolidate_state_dict()
+        assert (
+            sum(v.nbytes for s in fresh.state.values() for v in s.values())
+            < 0.7 * opt.memory_report()["total_bytes"] * 2
+        )
+    return {"loaded": other.consolidate_state_dict(), "imported": imported}
+
+
+@NEEDS_GLOO
+def test_files_and_other_formats_of_sharded_moments(tmp_path: Path) -> None:
+    first, second = on_ranks(2, job, tmp_path)
+    assert second == {"loaded": None, "imported": dict.fromkeys(FORMATS)}
+    opt = trained()
+    assert_same_bits(first["loaded"], opt.state_dict())
+    exported = torch.load(tmp_path / "exported.pt", weights_only=True)
+    for kind in FORMATS:
+        assert_same_bits(exported[kind], checkpoint.export(opt, format=kind))
+        fresh = AdamW8bit(make_params(FEW))
+        fresh.load_state_dict(exported[kind])
+        assert_same_bits(first["imported"][kind], fresh.state_dict())
