@@ -1,7 +1,8 @@
 """Adam for models whose optimizer state does not fit: 8-bit moments in a ``torch.optim.Optimizer``."""
 
+from lowmem_adam.ddp import reduce_scatter_hook
 from lowmem_adam.optimizer import Adam8bit, AdamW8bit
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam8bit", "AdamW8bit", "__version__"]
+__all__ = ["Adam8bit", "AdamW8bit", "__version__", "reduce_scatter_hook"]

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, foreign, inputs, kernels, local, resharding, saved_state, settings
+from lowmem_adam import agreement, inputs, kernels, local, reduction, resharding, settings
 from lowmem_adam.codec import FORMAT
+from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
-from lowmem_adam.shard_tensor import asked_by_checkpoint
-from lowmem_adam.state import memory_by_kind, new_state
+from lowmem_adam.state import memory_by_kind
 from lowmem_adam.stepping import Stepper, Task, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Adam8bit(torch.optim.Optimizer):
+class Adam8bit(SavedOptimizer):
     """Adam with 8-bit moments: about 2.02 bytes of state a parameter instead of 8.
 
     A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has four phases:
@@ -77,9 +77,11 @@ class Adam8bit(torch.optim.Optimizer):
     grad_scale: Tensor
     found_inf: Tensor
 
-    _partition: Partition | None
     _stepper: Stepper
-    _consolidated: dict[str, Any] | None
+    # Which parameters _cut has found nothing new about, by identity.
+    _known: tuple[int, ...]
+    # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
+    _reduced: set[int] | None
 
     def __init__(
         self,
@@ -175,14 +177,14 @@ class Adam8bit(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
-            self._clip_coefficient = 1.0  # it was of the gradients that are dropped here
+            self._use_up_gradients()
             return loss
         partition = self._cut()
         tasks = self._checked(partition)
         self._stepper.make_state(tasks, self.state, partition)
         self._stepper.update(tasks, self.state, partition)
         self._consolidated = None
-        self._clip_coefficient = 1.0
+        self._use_up_gradients()
         self._warn_of_skipped()
         return loss
 
@@ -192,12 +194,17 @@ class Adam8bit(torch.optim.Optimizer):
             self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
         partition = self._partition
         params = [param for group in self.param_groups for param in group["params"]]
+        known = tuple(map(id, params))
+        if known == self._known:
+            return partition
         if partition.world.size == 1 and len(partition) > len(params):  # some were taken out
             partition = self._partition = Partition(partition.world, partition.bucket_bytes)
         new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
         if new:
             partition.extend(new)
             self._agreed = False
+        if all(param in partition for param in params):
+            self._known = known
         return partition
 
     def _checked(self, partition: Partition) -> list[Task]:
@@ -224,10 +231,6 @@ class Adam8bit(torch.optim.Optimizer):
     def _stops_at_nonfinite(self) -> bool:
         return any(group["nonfinite"] == "error" for group in self.param_groups)
 
-    def _steps_of(self, param: Tensor) -> int:
-        state = self.state.get(param)
-        return int(state["step"]) if state else 0
-
     def check_replicas(self) -> None:
         """Compare the bits of all parameters among the ranks of ``shard_group``; a collective of 8 bytes a parameter.
 
@@ -245,7 +248,8 @@ class Adam8bit(torch.optim.Optimizer):
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
 
         Gradients stay as they are: the step multiplies them on the way, which saves a pass over them. Call it right
-        before ``step``; ``zero_grad`` takes it back. After a ``GradScaler``'s ``unscale_``.
+        before ``step``; ``zero_grad`` takes it back. After a ``GradScaler``'s ``unscale_``. With
+        ``reduce_scatter_hook`` it is a collective, of the parts that each rank has.
 
         Returns:
             The norm before clipping, a scalar.
@@ -255,17 +259,49 @@ class Adam8bit(torch.optim.Optimizer):
             RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
         """
         settings.check_max_norm(max_norm)
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite) * self._clip_coefficient
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._reduced is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
+        else:
+            norm = reduction.norm_of_shards(params, self._cut(), norm_type)
         if local.is_dtensor(norm):
             norm = norm.full_tensor()  # type: ignore[attr-defined]
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(norm)}, not finite")
+        norm = norm * self._clip_coefficient
         self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
-        self._clip_coefficient = 1.0
+        self._use_up_gradients()
         super().zero_grad(set_to_none)
+
+    def _use_up_gradients(self) -> None:
+        """Forget what was of these gradients: their clipping, and which of them ranks have reduced."""
+        self._clip_coefficient = 1.0
+        if self._reduced is not None:
+            self._reduced.clear()
+
+    def reduce_scatter(self, bucket: Any) -> Tensor:
+        """What ``reduce_scatter_hook`` does with a bucket of DDP's; see there."""
+        if self._reduced is None:
+            self._reduced = set()
+        if bucket.index() in self._reduced:
+            raise RuntimeError(
+                "gradients were reduced a second time without a step, when ranks no longer have all of them; accepted "
+                "with reduce_scatter_hook: model.no_sync() for all backward passes of a step but the last, and "
+                "optimizer.zero_grad() where a step is left out"
+            )
+        partition, params = self._cut(), bucket.parameters()
+        if self._shard_group is None or not all(param in partition for param in params):
+            raise ValueError(
+                f"reduce_scatter_hook: shard_group is {self._shard_group!r}, and the optimizer has "
+                f"{sum(param in partition for param in params)} of a bucket's {len(params)} parameters; accepted: an "
+                "optimizer with shard_group that has all parameters of the model"
+            )
+        self._reduced.add(bucket.index())
+        return reduction.reduce_scatter(params, bucket.gradients(), bucket.buffer(), partition)
 
     def _grad_factor(self) -> float:
         """What the step multiplies gradients by: clipping, and the inverse of an attribute ``grad_scale``.
@@ -312,10 +348,8 @@ class Adam8bit(torch.optim.Optimizer):
         self._bucket_cap_mb = bucket_cap_mb
         self._partition = None
         self._stepper = Stepper()
-        self._agreed = False
-        self._meetings = 0
-        # What consolidate_state_dict made, for the state_dict() that follows: a whole on one rank, {} on the others.
-        self._consolidated = None
+        self._known = ()
+        self._reduced = None
         self._warned = False
         self._clip_coefficient = 1.0
 
@@ -334,127 +368,7 @@ class Adam8bit(torch.optim.Optimizer):
                 stacklevel=stacklevel,
             )
 
-    # ---------------------------------------------------------------- saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as ``torch.optim.Optimizer.state_dict``.
-
-        Of a sharded optimizer: called on all ranks, they put the whole state together on rank 0, and the others get
-        their own part, which the same rank of as many can load. After ``consolidate_state_dict`` that rank gets the
-        whole without the others. Asked by ``torch.distributed.checkpoint``, every rank gets its own part in a form that
-        any number of ranks can load, as ``sharded_state_dict`` returns it.
-
-        Raises:
-            RuntimeError: not all ranks of ``shard_group`` called it within five minutes.
-        """
-        if asked_by_checkpoint():
-            return self.sharded_state_dict()
-        if self._partition is None or self._partition.world.size == 1 or not self.state:
-            return super().state_dict()
-        if self._consolidated is None:
-            lines = agreement.describe(self.param_groups, self._steps_of)
-            agreement.meet(lines, self._meetings, self._partition.world)
-            self._meetings += 1
-            return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
-        whole, self._consolidated = self._consolidated, None
-        return whole or self._packed(resharding.as_shard)
-
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
-        """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
-
-        For those who call ``state_dict()`` on one rank only: it returns this state there, until the next step.
-
-        Args:
-            to: rank in ``shard_group``; where parameters are DTensors, in the default process group.
-
-        Returns:
-            The whole state on rank ``to``, as an optimizer without shards has it; None on others.
-
-        Raises:
-            ValueError: there is no such rank.
-        """
-        world = self._cut().world
-        spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
-        ranks = torch.distributed.get_world_size() if spread else world.size
-        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
-            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}")
-        if world.size == 1:
-            return resharding.gathered(super().state_dict(), to) if spread else super().state_dict()
-        packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
-        whole = packed if world.rank == to else None
-        self._consolidated = whole or {}
-        return whole
-
-    def forget_consolidated(self) -> None:
-        """Drop what ``consolidate_state_dict`` keeps for the next ``state_dict()``."""
-        self._consolidated = None
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """The state for ``torch.distributed.checkpoint.save`` and ``load``: no rank holds more than its own part.
-
-        Before the first step it makes the state, all zero, since a load fills what is there. Tensors share memory with
-        the state. Saved parts can be loaded by any number of ranks, and by an optimizer without shards.
-        """
-        partition = self._cut()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in partition and not self.state.get(param):
-                    self.state[param] = new_state(param, group["moments"], partition.span(param))
-        return self._packed(resharding.as_parts) if partition.world.group is not None else super().state_dict()
-
-    def _packed(self, form: Callable[[dict[str, Any], list[Tensor], Partition], dict[str, Any]]) -> dict[str, Any]:
-        """Torch's state_dict of this rank's tensors, brought into a form; the user's own hooks see it so."""
-        assert self._partition is not None
-        partition = self._partition
-        params = [param for group in self.param_groups for param in group["params"]]
-        hook = self.register_state_dict_post_hook(lambda _, packed: form(packed, params, partition), prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
-
-    def _whole_or_shard(
-        self, packed: dict[str, Any], params: list[Tensor], partition: Partition, to: int
-    ) -> dict[str, Any]:
-        return resharding.as_whole(packed, params, partition, to) or resharding.as_shard(packed, params, partition)
-
-    # ---------------------------------------------------------------- loading, copying
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned, bit for bit; the tensors are copied.
-
-        Also state of torch's Adam and AdamW, and of bitsandbytes' in 8 and 32 bits, of the same parameters.
-
-        Settings of the param groups come from the saved state, except ``backend``, which is the machine's. A sharded
-        optimizer takes its part of a whole state, whatever number of ranks has saved it.
-
-        Raises:
-            ValueError: state that does not fit, see ``saved_state.check`` and ``foreign.to_own``; nothing has changed
-                then.
-        """
-        held = {param: dict(state) for param, state in self.state.items()}
-
-        def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            given = foreign.to_own(given, self.param_groups)
-            partition = self._cut(resharding.has_state(given, self.param_groups))
-            own = resharding.local_state(given, self.param_groups, partition)
-            return saved_state.seal(own, self.param_groups)
-
-        def unseal(_: torch.optim.Optimizer) -> None:
-            saved_state.unseal(self.state, held)
-
-        # As hooks, so that the user's own hooks see plain tensors on both sides.
-        if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it
-            saved_state.check(state_dict, self.param_groups)
-        before = self.register_load_state_dict_pre_hook(check_and_seal)
-        after = self.register_load_state_dict_post_hook(unseal, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-        self._consolidated = None
-        self._agreed = False
+    # ---------------------------------------------------------------- copying
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_shard_group", "_bucket_cap_mb", "_partition", "_meetings", "_warned")

@@ -1,0 +1,157 @@
+"""The part of the optimizers that saves and loads: ``state_dict`` in its forms, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_adam import agreement, foreign, local, resharding, saved_state
+from lowmem_adam.shard import Partition
+from lowmem_adam.shard_tensor import asked_by_checkpoint
+from lowmem_adam.state import new_state
+
+
+class SavedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is cut into shards by ``_cut``, and which saves and loads it."""
+
+    _partition: Partition | None = None
+    _agreed = False
+    """Whether ranks have compared what they hold since it last changed from outside."""
+    _meetings = 0
+    """State_dicts that all ranks have made together."""
+    _consolidated: dict[str, Any] | None = None
+    """What ``consolidate_state_dict`` made, for the next ``state_dict()``: a whole on one rank, {} on others."""
+
+    def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
+        """Who holds what, with parameters that are new."""
+        raise NotImplementedError
+
+    def _steps_of(self, param: Tensor) -> int:
+        """How many steps a parameter has taken."""
+        state = self.state.get(param)
+        return int(state["step"]) if state else 0
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as ``torch.optim.Optimizer.state_dict``.
+
+        Of a sharded optimizer: called on all ranks, they put the whole state together on rank 0, and the others get
+        their own part, which the same rank of as many can load. After ``consolidate_state_dict`` that rank gets the
+        whole without the others. Asked by ``torch.distributed.checkpoint``, every rank gets its own part in a form that
+        any number of ranks can load, as ``sharded_state_dict`` returns it.
+
+        Raises:
+            RuntimeError: not all ranks of ``shard_group`` called it within five minutes.
+        """
+        if asked_by_checkpoint():
+            return self.sharded_state_dict()
+        if self._partition is None or self._partition.world.size == 1 or not self.state:
+            return super().state_dict()
+        if self._consolidated is None:
+            lines = agreement.describe(self.param_groups, self._steps_of)
+            agreement.meet(lines, self._meetings, self._partition.world)
+            self._meetings += 1
+            return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
+        whole, self._consolidated = self._consolidated, None
+        return whole or self._packed(resharding.as_shard)
+
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
+
+        For those who call ``state_dict()`` on one rank only: it returns this state there, until the next step.
+
+        Args:
+            to: rank in ``shard_group``; where parameters are DTensors, in the default process group.
+
+        Returns:
+            The whole state on rank ``to``, as an optimizer without shards has it; None on others.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        world = self._cut().world
+        spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
+        ranks = torch.distributed.get_world_size() if spread else world.size
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
+            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}")
+        if world.size == 1:
+            return resharding.gathered(super().state_dict(), to) if spread else super().state_dict()
+        packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
+        whole = packed if world.rank == to else None
+        self._consolidated = whole or {}
+        return whole
+
+    def forget_consolidated(self) -> None:
+        """Drop what ``consolidate_state_dict`` keeps for the next ``state_dict()``."""
+        self._consolidated = None
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The state for ``torch.distributed.checkpoint.save`` and ``load``: no rank holds more than its own part.
+
+        Before the first step it makes the state, all zero, since a load fills what is there. Tensors share memory with
+        the state. Saved parts can be loaded by any number of ranks, and by an optimizer without shards.
+        """
+        partition = self._cut()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in partition and not self.state.get(param):
+                    self.state[param] = new_state(param, group["moments"], partition.span(param))
+        return self._packed(resharding.as_parts) if partition.world.group is not None else super().state_dict()
+
+    def _packed(self, form: Callable[[dict[str, Any], list[Tensor], Partition], dict[str, Any]]) -> dict[str, Any]:
+        """Torch's state_dict of this rank's tensors, brought into a form; the user's own hooks see it so."""
+        assert self._partition is not None
+        partition = self._partition
+        params = [param for group in self.param_groups for param in group["params"]]
+        hook = self.register_state_dict_post_hook(lambda _, packed: form(packed, params, partition), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _whole_or_shard(
+        self, packed: dict[str, Any], params: list[Tensor], partition: Partition, to: int
+    ) -> dict[str, Any]:
+        return resharding.as_whole(packed, params, partition, to) or resharding.as_shard(packed, params, partition)
+
+    # ---------------------------------------------------------------- loading, copying
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, bit for bit; the tensors are copied.
+
+        Also state of torch's Adam and AdamW, and of bitsandbytes' in 8 and 32 bits, of the same parameters.
+
+        Settings of the param groups come from the saved state, except ``backend``, which is the machine's. A sharded
+        optimizer takes its part of a whole state, whatever number of ranks has saved it.
+
+        Raises:
+            ValueError: state that does not fit, see ``saved_state.check`` and ``foreign.to_own``; nothing has changed
+                then.
+        """
+        held = {param: dict(state) for param, state in self.state.items()}
+
+        def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            given = foreign.to_own(given, self.param_groups)
+            partition = self._cut(resharding.has_state(given, self.param_groups))
+            own = resharding.local_state(given, self.param_groups, partition)
+            return saved_state.seal(own, self.param_groups)
+
+        def unseal(_: torch.optim.Optimizer) -> None:
+            saved_state.unseal(self.state, held)
+
+        # As hooks, so that the user's own hooks see plain tensors on both sides.
+        if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it
+            saved_state.check(state_dict, self.param_groups)
+        before = self.register_load_state_dict_pre_hook(check_and_seal)
+        after = self.register_load_state_dict_post_hook(unseal, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+        self._consolidated = None
+        self._agreed = False
