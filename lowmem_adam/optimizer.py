@@ -192,6 +192,8 @@ class Adam8bit(SavedOptimizer):
         """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
         if self._partition is None:
             self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
+        elif self._partition.world.size > 1 and self._partition.world.group is None:  # in a copy
+            self._partition.rejoin(World.of(self._shard_group))
         partition = self._partition
         params = [param for group in self.param_groups for param in group["params"]]
         known = tuple(map(id, params))
@@ -271,6 +273,17 @@ class Adam8bit(SavedOptimizer):
         norm = norm * self._clip_coefficient
         self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def join_hook(self, **_: Any) -> None:
+        """Refuse ``torch.distributed.algorithms.join.Join``, which asks by this name.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Join is not supported: a rank without batches has no gradients to step its shard with; accepted: as many "
+            "batches on every rank, such as DistributedSampler and accelerate deal out"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
@@ -371,9 +384,14 @@ class Adam8bit(SavedOptimizer):
     # ---------------------------------------------------------------- copying
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_shard_group", "_bucket_cap_mb", "_partition", "_meetings", "_warned")
-        kept = {name: self.__dict__[name] for name in own}
-        return {**super().__getstate__(), **kept, "_skipped": self._stepper.skipped}
+        if not isinstance(self._shard_group, str | None):
+            raise TypeError(
+                f"an optimizer whose shard_group is a {type(self._shard_group).__name__} cannot be copied or pickled, "
+                "as that cannot; accepted: shard_group='world' or None, and state_dict() with any"
+            )
+        kept = {name: self.__dict__[name] for name in ("_shard_group", "_bucket_cap_mb", "_warned")}
+        partition = None if self._partition is None else self._partition.without_group()
+        return {**super().__getstate__(), **kept, "_partition": partition, "_skipped": self._stepper.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restored = dict(state)

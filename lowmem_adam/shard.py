@@ -9,6 +9,7 @@ Source: Rajbhandari et al. 2020 (arXiv 1910.02054), stage 1.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,25 @@ class Partition:
     def span(self, param: Tensor, rank: int | None = None) -> Span:
         """Blocks ``[first, end)`` of a parameter that a rank holds, this process's by default; ``(0, 0)`` for none."""
         return self._spans[param][self.world.rank if rank is None else rank]
+
+    def without_group(self) -> Partition:
+        """The same without the process group, which cannot be copied; it shares what it consists of."""
+        other = copy.copy(self)
+        other.world = World(self.world.rank, self.world.size, None)
+        return other
+
+    def rejoin(self, world: World) -> None:
+        """Take a process group again.
+
+        Raises:
+            RuntimeError: this process has another rank, or the group another size.
+        """
+        if (world.rank, world.size) != (self.world.rank, self.world.size):
+            raise RuntimeError(
+                f"this copy of an optimizer holds the shard of rank {self.world.rank} of {self.world.size}, and the "
+                f"process is rank {world.rank} of {world.size}; accepted: the same (a state_dict fits any number)"
+            )
+        self.world = world
 
     def own(self, param: Tensor) -> Piece:
         """What this process holds of a parameter, in one piece."""
