@@ -85,7 +85,9 @@ def as_whole(
         The state_dict on rank ``to``, None on others.
     """
     whole = {}
-    for key, tensors in state_dict["state"].items():
+    for key, tensors in sorted(state_dict["state"].items()):
+        if int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
+            continue
         param = params[key]
         expected = expected_tensors(param.shape, _moments_setting(tensors))
         whole[key] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.local import Span, local
+from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.state import check_state
 
 MAX_STEP = 2**53
@@ -135,18 +135,29 @@ def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def unseal(states: Mapping[Tensor, dict[str, Any]], held: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def unseal(states: Mapping[Tensor, dict[str, Any]], held: dict[Tensor, dict[str, Any]]) -> None:
     """Unwrap in place: contiguous copies on the parameter's device, ``step`` on the CPU.
 
     Args:
         states: the optimizer's state after torch's loader, by parameter.
-        held: its state before; tensors that come back as they were are not copied.
+        held: its state before, which is used up: so only one parameter's is there twice at a time. Tensors that come
+            back as they were, or in their own memory, are not copied.
     """
     for param, state in states.items():
-        before = held.get(param, {})
+        before = held.pop(param, {})
         for key, sealed in state.items():
-            if before.get(key) is sealed.tensor:
-                state[key] = sealed.tensor
+            if _is_same(before.get(key), sealed.tensor):
+                state[key] = before[key]
             else:
                 device = torch.device("cpu") if key == "step" else param.device
                 state[key] = sealed.tensor.to(device=device, copy=True, memory_format=torch.contiguous_format)
+
+
+def _is_same(held: Any, given: Tensor) -> bool:
+    """Whether it is the tensor held, or sees all of its memory in the same way."""
+    if held is given:
+        return True
+    if held is None or is_dtensor(held) or is_dtensor(given) or held.numel() == 0:
+        return False
+    seen = [(t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in (held, given)]
+    return bool(seen[0] == seen[1])
