@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,9 @@ class Adam8bit(SavedOptimizer):
     found_inf: Tensor
 
     _stepper: Stepper
+    _clip_coefficient: float
+    # The first gradient of those that _clip_coefficient is of.
+    _clipped: weakref.ref[Tensor] | None
     # Which parameters _cut has found nothing new about, by identity.
     _known: tuple[int, ...]
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
@@ -250,8 +254,8 @@ class Adam8bit(SavedOptimizer):
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
 
         Gradients stay as they are: the step multiplies them on the way, which saves a pass over them. Call it right
-        before ``step``; ``zero_grad`` takes it back. After a ``GradScaler``'s ``unscale_``. With
-        ``reduce_scatter_hook`` it is a collective, of the parts that each rank has.
+        before ``step``, after a ``GradScaler``'s ``unscale_``; where gradients are set to None instead, it goes with
+        them. With ``reduce_scatter_hook`` it is a collective, of the parts that each rank has.
 
         Returns:
             The norm before clipping, a scalar.
@@ -262,6 +266,7 @@ class Adam8bit(SavedOptimizer):
         """
         settings.check_max_norm(max_norm)
         params = [param for group in self.param_groups for param in group["params"]]
+        self._drop_clipping_of_others()
         if self._reduced is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
         else:
@@ -269,8 +274,9 @@ class Adam8bit(SavedOptimizer):
         if local.is_dtensor(norm):
             norm = norm.full_tensor()  # type: ignore[attr-defined]
         if error_if_nonfinite and not bool(norm.isfinite()):
-            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(norm)}, not finite")
+            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is non-finite: {float(norm)}")
         norm = norm * self._clip_coefficient
+        self._clipped = next((weakref.ref(p.grad) for p in params if p.grad is not None), None)
         self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -289,6 +295,13 @@ class Adam8bit(SavedOptimizer):
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
         self._use_up_gradients()
         super().zero_grad(set_to_none)
+
+    def _drop_clipping_of_others(self) -> None:
+        """Forget a clipping whose gradients were replaced without a step, as by ``model.zero_grad()``."""
+        if self._clip_coefficient != 1.0 and self._clipped is not None:
+            grads = (param.grad for group in self.param_groups for param in group["params"])
+            if next((grad for grad in grads if grad is not None), None) is not self._clipped():
+                self._clip_coefficient = 1.0
 
     def _use_up_gradients(self) -> None:
         """Forget what was of these gradients: their clipping, and which of them ranks have reduced."""
@@ -322,6 +335,7 @@ class Adam8bit(SavedOptimizer):
         ``grad_scale`` and ``found_inf`` are the attributes by which ``torch.amp.GradScaler`` and others drive
         optimizers that unscale by themselves.
         """
+        self._drop_clipping_of_others()
         scale = getattr(self, "grad_scale", None)
         return self._clip_coefficient if scale is None else self._clip_coefficient / float(scale)
 
@@ -365,6 +379,7 @@ class Adam8bit(SavedOptimizer):
         self._reduced = None
         self._warned = False
         self._clip_coefficient = 1.0
+        self._clipped = None
 
     def _warn_of_skipped(self) -> None:
         on_cpu = self._stepper.skipped.get(torch.device("cpu"))

@@ -107,6 +107,31 @@ def test_zero_grad_takes_a_clipping_back() -> None:
     assert_same_bits(everything(one), everything(other))
 
 
+def test_a_clipping_goes_with_gradients_that_are_replaced_without_a_step() -> None:
+    """What a scaler does that leaves a step out, in a loop that calls model.zero_grad()."""
+    one, params, other, others = twins()
+    set_gradients(params, 0)
+    one.clip_grad_norm_(0.1)
+    for param in params:
+        param.grad = None
+    set_gradients(params, 1)
+    set_gradients(others, 1)
+    one.step()
+    other.step()
+    assert_same_bits(everything(one), everything(other))
+    for opt, own in ((one, params), (other, others)):
+        set_gradients(own, 2)
+        opt.clip_grad_norm_(0.1)
+    set_gradients(params, 3)
+    set_gradients(others, 3)
+    other.zero_grad()
+    set_gradients(others, 3)
+    assert one.clip_grad_norm_(0.2) == other.clip_grad_norm_(0.2)
+    one.step()
+    other.step()
+    assert_same_bits(everything(one), everything(other))
+
+
 @pytest.mark.filterwarnings("ignore:non-finite:RuntimeWarning")
 def test_a_norm_that_is_not_finite() -> None:
     """As in torch the coefficient of NaN is NaN: all blocks have non-finite gradients then and keep what they have."""
