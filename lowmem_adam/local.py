@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lowmem_adam.layout import BLOCK_SIZE, Layout, is_coded
 
 Span = tuple[int, int]
 """Blocks ``[first, end)`` of a layout."""
+
+
+_PLAIN = (Tensor, Parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,15 @@ class Place:
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor, told without importing them: that takes a second."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor that lies here."""
-    if not is_dtensor(tensor):
+    if type(tensor) in _PLAIN or not is_dtensor(tensor):
         return tensor
     part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part

@@ -185,8 +185,7 @@ class Adam8bit(SavedOptimizer):
             return loss
         partition = self._cut()
         tasks = self._checked(partition)
-        self._stepper.make_state(tasks, self.state, partition)
-        self._stepper.update(tasks, self.state, partition)
+        self._stepper.update(self._stepper.make_state(tasks, self.state, partition), partition)
         self._consolidated = None
         self._use_up_gradients()
         self._warn_of_skipped()

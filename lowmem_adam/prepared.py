@@ -69,7 +69,7 @@ class Prepared:
 
     def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str) -> bool:
         """Whether nothing has changed but values."""
-        held, param = self._param, local(param)
+        given, held, param = param, self._param, local(param)
         return (
             param.dtype is held.dtype
             and param.shape == held.shape
@@ -78,7 +78,7 @@ class Prepared:
             and moments == self._setting
             and len(state) == len(self._tensors)
             and all(state.get(key) is tensor for key, tensor in self._tensors)
-            and _addresses(param, state) == self._addresses
+            and _addresses(given, state) == self._addresses
         )
 
     def fragment(self, grad: Tensor, first_block: int, end_block: int) -> Fragment:
@@ -86,9 +86,11 @@ class Prepared:
 
         Of a parameter that does not lie in one run, a part is a copy: ``shard.write`` puts it back.
         """
-        layout = self._layout
-        cache = self._caches.setdefault((first_block, end_block), {})
-        if (first_block, end_block) == self._all:
+        layout, key = self._layout, (first_block, end_block)
+        cache = self._caches.get(key)
+        if cache is None:
+            cache = self._caches[key] = {}
+        if key == self._all:
             return Fragment(self._param, grad.detach(), self._moments, layout, first_block, end_block, cache)
         start, stop = layout.block_start(first_block), layout.block_start(end_block)
         if "piece" in cache:
@@ -112,7 +114,9 @@ class Prepared:
 
 
 def _addresses(param: Tensor, state: Mapping[str, Tensor]) -> list[int]:
-    return [local(param).data_ptr(), *[local(tensor).data_ptr() for tensor in state.values()]]
+    if is_dtensor(param):
+        return [local(tensor).data_ptr() for tensor in (param, *state.values())]
+    return [param.data_ptr(), *[tensor.data_ptr() for tensor in state.values()]]
 
 
 def is_plain_gradient(param: Tensor, grad: Tensor) -> bool:

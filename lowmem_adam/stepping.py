@@ -29,6 +29,9 @@ class Task(NamedTuple):
     backend: str
     scalars: StepScalars
     label: str
+    state: Mapping[str, Tensor] | None
+    """None before its first step, as is ``prepared``."""
+    prepared: Prepared | None
 
 
 class Stepper:
@@ -84,7 +87,7 @@ class Stepper:
                 if grad is None:
                     continue
                 label = label_of(group, group_index, index)
-                state = self._checked_state(param, grad, states, group["moments"], partition, label)
+                state, prepared = self._checked_state(param, grad, states, group["moments"], partition, label)
                 if param.device not in backends:
                     backends[param.device] = kernels.choose(group["backend"], param.device)
                 grad = local_gradient(param, grad)
@@ -93,7 +96,8 @@ class Stepper:
                 step = int(state["step"]) + 1 if state else 1
                 if step not in records:
                     records[step] = _scalars(group, lr, step, grad_factor, label)
-                tasks.append(Task(param, grad, group["moments"], backends[param.device], records[step], label))
+                backend = backends[param.device]
+                tasks.append(Task(param, grad, group["moments"], backend, records[step], label, state, prepared))
         return tasks
 
     def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
@@ -113,8 +117,8 @@ class Stepper:
         moments: str,
         partition: Partition,
         label: str,
-    ) -> Mapping[str, Tensor] | None:
-        """The state of a parameter that can be stepped with this gradient; None before its first step."""
+    ) -> tuple[Mapping[str, Tensor] | None, Prepared | None]:
+        """The state of a parameter that can be stepped with this gradient, and what is known of it."""
         # Not states[param], which would leave an empty entry behind.
         state: dict[str, Tensor] | None = states.get(param) or None
         prepared = self._prepared.get(param)
@@ -125,38 +129,52 @@ class Stepper:
             inputs.check_gradient(param, grad, label)
         if not known:
             self._prepared.pop(param, None)
+            prepared = None
             if state is not None:
-                self._prepared[param] = _prepared(param, state, moments, label, partition)
-        return state
+                prepared = self._prepared[param] = _prepared(param, state, moments, label, partition)
+        return state, prepared
 
     # ---------------------------------------------------------------- state
 
     def make_state(
         self, tasks: Sequence[Task], states: MutableMapping[Tensor, dict[str, Tensor]], partition: Partition
-    ) -> None:
-        """Zero moments of this rank's blocks for parameters that get their first gradient."""
-        for param, _, moments, _, _, label in tasks:
-            if not states.get(param):
-                state = states[param] = new_state(param, moments, partition.span(param))
-                self._prepared[param] = _prepared(param, state, moments, label, partition)
+    ) -> list[Task]:
+        """Zero moments of this rank's blocks for parameters that get their first gradient.
+
+        Returns:
+            The tasks, each with its state.
+        """
+        complete = []
+        for task in tasks:
+            if task.prepared is None:
+                param = task.param
+                state = states[param] = new_state(param, task.moments, partition.span(param))
+                prepared = self._prepared[param] = _prepared(param, state, task.moments, task.label, partition)
+                task = task._replace(state=state, prepared=prepared)
+            complete.append(task)
+        return complete
 
     # ---------------------------------------------------------------- update
 
     # What compilers make of the kernel may round differently. This is what torch.optim uses itself: unlike
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def update(
-        self, tasks: Sequence[Task], states: MutableMapping[Tensor, dict[str, Tensor]], partition: Partition
-    ) -> None:
+    def update(self, tasks: Sequence[Task], partition: Partition) -> None:
         """Step this rank's shard and gather everybody's, a bucket's gather beside the next one's step.
 
         Every bucket is gathered, whatever has a gradient here: ranks that disagree about that still send alike.
+
+        Args:
+            tasks: complete ones.
+            partition: who steps what.
         """
-        by_param = {task.param: task for task in tasks}
+        by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
         world = partition.world
         gather: Gather | None = None
         for bucket in partition.buckets:
-            self._step([piece for piece in bucket.pieces[world.rank] if piece.param in by_param], by_param)
+            self._step(
+                [(piece, by_id[id(piece.param)]) for piece in bucket.pieces[world.rank] if id(piece.param) in by_id]
+            )
             if world.size > 1:
                 if gather is not None:
                     gather.wait()
@@ -164,17 +182,18 @@ class Stepper:
         if gather is not None:
             gather.wait()
         for task in tasks:
-            states[task.param]["step"].fill_(task.scalars.step)
+            assert task.state is not None
+            task.state["step"].fill_(task.scalars.step)
 
-    def _step(self, pieces: Sequence[Piece], by_param: Mapping[Tensor, Task]) -> None:
+    def _step(self, work: Sequence[tuple[Piece, Task]]) -> None:
         calls: dict[tuple[str, torch.device], list[Work]] = {}
         copies: list[tuple[Piece, Tensor]] = []
-        for piece in pieces:
-            task = by_param[piece.param]
-            fragment = self._prepared[piece.param].fragment(task.grad, piece.first_block, piece.end_block)
+        for piece, task in work:
+            assert task.prepared is not None
+            fragment = task.prepared.fragment(task.grad, piece.first_block, piece.end_block)
             if fragment.cache is None:
                 copies.append((piece, fragment.param))
-            calls.setdefault((task.backend, piece.param.device), []).append((fragment, task.scalars))
+            calls.setdefault((task.backend, task.param.device), []).append((fragment, task.scalars))
         for (backend, device), fragments in calls.items():
             skipped = kernels.BACKENDS[backend](fragments)
             self.skipped[device] = self.skipped.get(device, 0) + skipped
