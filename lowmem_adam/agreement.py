@@ -11,36 +11,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem_adam.shard import World, read
+from lowmem_adam.shard import Partition, World, read
 
 MEETING_SECONDS = 300.0
 """How long a rank waits for the others in ``state_dict()``; in a save one rank may be writing a model before."""
 
-TILE = 1 << 20
+TILE = 1 << 18
 """Elements that are hashed at a time."""
 
 
 # ---------------------------------------------------------------- settings and shapes
 
 
-def describe(groups: Sequence[Mapping[str, Any]], steps: Callable[[Tensor], int]) -> list[str]:
-    """One line for every param group and parameter, with all that must be the same on all ranks.
+def describe(
+    groups: Sequence[Mapping[str, Any]], partition: Partition, steps: Callable[[Tensor], int], *, gradients: bool
+) -> list[str]:
+    """A line for every setting, param group and parameter, with all that must be the same on all ranks.
 
     Args:
         groups: the optimizer's param groups.
+        partition: who holds what.
         steps: how many steps a parameter has taken.
+        gradients: also which parameters have a gradient.
     """
-    lines = [f"{len(groups)} param groups"]
+    lines = [f"{len(groups)} param groups", f"bucket_cap_mb {partition.bucket_bytes / 2**20:g}"]
     for index, group in enumerate(groups):
-        # The backend is the machine's own, a name for people; lists of parameters follow, a line each.
-        settings = {key: group[key] for key in sorted(group) if key not in ("params", "param_names", "backend")}
-        plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in settings.items()}
-        lines.append(f"param group {index}: {len(group['params'])} parameters, {plain}")
-        lines.extend(
-            f"param group {index}, parameter {number}: shape {tuple(param.shape)}, {param.dtype}, "
-            f"requires_grad {param.requires_grad}, {steps(param)} steps"
-            for number, param in enumerate(group["params"])
-        )
+        where = f"param group {index}"
+        lines.append(f"{where}: {len(group['params'])} parameters")
+        # The backend is the machine's own, names are for people; lists of parameters follow, a line each.
+        for name in sorted(set(group) - {"params", "param_names", "backend"}):
+            value = group[name]
+            lines.append(f"{where}: {name} {value.tolist() if isinstance(value, Tensor) else value}")
+        for number, param in enumerate(group["params"]):
+            words = [
+                f"shape {tuple(param.shape)}",
+                str(param.dtype),
+                param.device.type,
+                "contiguous" if param.is_contiguous() else "not contiguous",
+                f"requires_grad {param.requires_grad}",
+                f"{steps(param)} steps",
+                f"blocks {partition.spans(param)}" if param in partition else "not cut",
+            ]
+            if gradients:
+                words.append("no gradient" if param.grad is None else "a gradient")
+            lines.append(f"{where}, parameter {number}: {', '.join(words)}")
     return lines
 
 
@@ -150,15 +164,14 @@ def _hash(param: Tensor) -> int:
 # ---------------------------------------------------------------- meeting
 
 
-def meet(lines: Sequence[str], meetings: int, world: World) -> None:
+def meet(lines: Sequence[str], world: World) -> None:
     """Wait for all ranks to call ``state_dict()``; no collective is begun before they have.
 
-    All meet or none does: ranks count themselves in at the process group's store, and the last of them opens the door.
-    One that has waited ``MEETING_SECONDS`` counts itself out again.
+    All meet or none does. Ranks count themselves in at the process group's store: every ``world.size`` of them are a
+    meeting, and the last one opens its door. One that has waited ``MEETING_SECONDS`` counts itself out again.
 
     Args:
-        lines: the optimizer's description, which tells this meeting from other optimizers'.
-        meetings: how many this optimizer has held.
+        lines: the optimizer's description, which tells it from others.
         world: the ranks.
 
     Raises:
@@ -166,14 +179,17 @@ def meet(lines: Sequence[str], meetings: int, world: World) -> None:
     """
     store = dist.distributed_c10d._get_default_store()
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    key = f"lowmem_adam/{world.group.group_name}/{digest}/{meetings}"
-    if store.add(f"{key}/arrived", 1) == world.size:
-        store.set(f"{key}/open", "1")
+    key = f"lowmem_adam/{world.group.group_name}/{digest}"
+    arrived = store.add(f"{key}/arrived", 1)
+    meeting, place = divmod(arrived - 1, world.size)
+    door, full = f"{key}/open/{meeting}", (meeting + 1) * world.size
+    if place == world.size - 1:
+        store.set(door, "1")
         return
-    if _opens(store, f"{key}/open", MEETING_SECONDS):
+    if _opens(store, door, MEETING_SECONDS):
         return
     # The last one may have arrived just now, and others may have counted themselves out since.
-    if store.add(f"{key}/arrived", -1) + 1 == world.size or _opens(store, f"{key}/open", 1.0):
+    if store.add(f"{key}/arrived", -1) + 1 >= full or _opens(store, door, 1.0):
         return
     raise RuntimeError(
         f"state_dict() of a sharded optimizer waited {MEETING_SECONDS:g} s for the other ranks; accepted: a call on "

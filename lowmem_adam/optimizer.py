@@ -15,7 +15,8 @@ from lowmem_adam import agreement, inputs, kernels, local, reduction, resharding
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
-from lowmem_adam.state import memory_by_kind
+from lowmem_adam.shard_tensor import asked_by_checkpoint
+from lowmem_adam.state import memory_by_kind, part_of
 from lowmem_adam.stepping import Stepper, Task, label_of
 
 if TYPE_CHECKING:
@@ -175,6 +176,10 @@ class Adam8bit(SavedOptimizer):
                 ``nonfinite="error"``. No parameter and no state has changed then.
             RuntimeError: inside of a CUDA graph capture.
         """
+        if not self.state and asked_by_checkpoint():
+            # Its functions take a step with zero gradients to have state made. A step is counted, so none is taken.
+            self._make_all_state()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -195,8 +200,8 @@ class Adam8bit(SavedOptimizer):
         """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
         if self._partition is None:
             self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
-        elif self._partition.world.size > 1 and self._partition.world.group is None:  # in a copy
-            self._partition.rejoin(World.of(self._shard_group))
+        elif self._partition.world.group is None and self._shard_group is not None:
+            self._look_for_group_again(self._partition)
         partition = self._partition
         params = [param for group in self.param_groups for param in group["params"]]
         known = tuple(map(id, params))
@@ -212,6 +217,20 @@ class Adam8bit(SavedOptimizer):
             self._known = known
         return partition
 
+    def _look_for_group_again(self, partition: Partition) -> None:
+        """Of a copy, whose process group was left behind, or where there was none when it was asked for."""
+        world = World.of(self._shard_group)
+        if partition.world.size > 1:
+            partition.rejoin(world)
+        elif world.size > 1:
+            self._partition = Partition(world, partition.bucket_bytes)
+            self._partition.extend(list(partition.params))
+            for param, state in self.state.items():
+                span = self._partition.span(param) if param in self._partition else (0, 0)
+                self.state[param] = {key: v.clone() for key, v in part_of(state, param.shape, span).items()}
+            self._stepper.forget()
+            self._known, self._agreed = (), False
+
     def _checked(self, partition: Partition) -> list[Task]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
         world = partition.world
@@ -223,7 +242,8 @@ class Adam8bit(SavedOptimizer):
             refusal = error
         if world.size > 1:
             if not self._agreed:
-                agreement.agree(agreement.describe(self.param_groups, self._steps_of), world, refusal)
+                lines = agreement.describe(self.param_groups, partition, self._steps_of, gradients=True)
+                agreement.agree(lines, world, refusal)
             elif self._stops_at_nonfinite():
                 agreement.stop_together(refusal, partition.device, [world.group])
         elif self._stops_at_nonfinite():

@@ -47,22 +47,33 @@ def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition:
         partition: who holds what.
     """
     world = partition.world
-    spans = {key: list(partition.span(params[key])) for key in state_dict["state"]}
-    shard = {"state": state_dict["state"], "spans": spans}
+    state = {key: tensors for key, tensors in state_dict["state"].items() if tensors}
+    shard = {"state": state, "spans": {key: list(partition.span(params[key])) for key in state}}
     return {**state_dict, "state": {}, shard_key(world.rank, world.size): shard}
 
 
-def as_parts(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition) -> dict[str, Any]:
-    """A rank's own state_dict in form *parts*; arguments as for ``as_shard``."""
+def as_parts(
+    state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition, private: bool
+) -> dict[str, Any]:
+    """A rank's own state_dict in form *parts*; arguments as for ``as_shard``, and whether tensors are copied."""
+    if private:
+        state_dict = copied(state_dict)
     state = {}
     for key, tensors in state_dict["state"].items():
+        if not tensors:  # left behind where somebody read optimizer.state[param]
+            continue
         param = params[key]
         layout, (first, _) = Layout.of(param.shape), partition.span(param)
         whole = expected_tensors(param.shape, _moments_setting(tensors))
         state[key] = {
             name: value
             if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
-            else ShardTensor(value, whole[name][0], first if name in METADATA_KEYS else layout.block_start(first))
+            else ShardTensor(
+                value,
+                whole[name][0],
+                first if name in METADATA_KEYS else layout.block_start(first),
+                private=private,
+            )
             for name, value in tensors.items()
         }
     return {**state_dict, "state": state}
@@ -86,7 +97,7 @@ def as_whole(
     """
     whole = {}
     for key, tensors in sorted(state_dict["state"].items()):
-        if int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
+        if not tensors or int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
             continue
         param = params[key]
         expected = expected_tensors(param.shape, _moments_setting(tensors))
@@ -156,11 +167,22 @@ def _moments_setting(tensors: Mapping[str, Any]) -> str:
     return "8bit" if "exp_avg_code" in tensors else "32bit"
 
 
+def copied(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict as torch packs it with copies of its tensors."""
+    state = {
+        key: {name: value.clone() for name, value in tensors.items()} for key, tensors in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
 # ---------------------------------------------------------------- in
 
 
 def local_state(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], partition: Partition
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    partition: Partition,
+    given_away: set[int],
 ) -> dict[str, Any]:
     """A state_dict of any form as this rank's own part of it, checked.
 
@@ -168,6 +190,7 @@ def local_state(
         state_dict: what is to be loaded; its form has been looked at by ``saved_state.check_form``.
         groups: the optimizer's own param groups.
         partition: has cut all parameters that have saved state.
+        given_away: gets the addresses of tensors that need not be copied.
 
     Raises:
         ValueError: as ``saved_state.check``; also the shard of another rank, world size or cut.
@@ -193,6 +216,8 @@ def local_state(
         }
         own = {**state_dict, "state": state}
         saved_state.check(own, groups, span_of)
+        parts = [value for tensors in state_dict["state"].values() for value in tensors.values()]
+        given_away.update(v.local.data_ptr() for v in parts if isinstance(v, ShardTensor) and v.private)
         return own
     saved_state.check(state_dict, groups)
     state = {
@@ -216,10 +241,17 @@ def has_state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     """Tells which of an optimizer's parameters a state_dict of any form has state of."""
     saved = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in groups for param in group["params"]]
-    held = [state_dict["state"], *[v["state"] for k, v in state_dict.items() if _is_shard_key(k) and "state" in v]]
+    held = [state_dict["state"], *_shards_in(state_dict)]
     keys = {key for state in held for key in state if state[key]}
     loaded = {param for key, param in zip(saved, params, strict=False) if key in keys}
     return lambda param: param in loaded
+
+
+def _shards_in(state_dict: Mapping[str, Any]) -> list[Mapping[Any, Any]]:
+    found = [
+        value.get("state") for key, value in state_dict.items() if _is_shard_key(key) and isinstance(value, Mapping)
+    ]
+    return [state for state in found if isinstance(state, Mapping)]
 
 
 def _is_shard_key(key: Any) -> bool:

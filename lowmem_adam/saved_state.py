@@ -130,24 +130,29 @@ def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
     }
     saved_groups = [
-        {**saved, "backend": group["backend"]} for saved, group in zip(state_dict["param_groups"], groups, strict=True)
+        settings.normalised({**saved, "backend": group["backend"]})
+        for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def unseal(states: Mapping[Tensor, dict[str, Any]], held: dict[Tensor, dict[str, Any]]) -> None:
+def unseal(states: Mapping[Tensor, dict[str, Any]], held: dict[Tensor, dict[str, Any]], given_away: set[int]) -> None:
     """Unwrap in place: contiguous copies on the parameter's device, ``step`` on the CPU.
 
     Args:
         states: the optimizer's state after torch's loader, by parameter.
         held: its state before, which is used up: so only one parameter's is there twice at a time. Tensors that come
             back as they were, or in their own memory, are not copied.
+        given_away: addresses of tensors that nobody else has: they are kept.
     """
     for param, state in states.items():
         before = held.pop(param, {})
         for key, sealed in state.items():
+            # One tensor after the other is given up for the one that comes.
             if _is_same(before.get(key), sealed.tensor):
                 state[key] = before[key]
+            elif not is_dtensor(sealed.tensor) and sealed.tensor.data_ptr() in given_away:
+                state[key] = sealed.tensor
             else:
                 device = torch.device("cpu") if key == "step" else param.device
                 state[key] = sealed.tensor.to(device=device, copy=True, memory_format=torch.contiguous_format)

@@ -20,8 +20,6 @@ class SavedOptimizer(torch.optim.Optimizer):
     _partition: Partition | None = None
     _agreed = False
     """Whether ranks have compared what they hold since it last changed from outside."""
-    _meetings = 0
-    """State_dicts that all ranks have made together."""
     _consolidated: dict[str, Any] | None = None
     """What ``consolidate_state_dict`` made, for the next ``state_dict()``: a whole on one rank, {} on others."""
 
@@ -48,16 +46,15 @@ class SavedOptimizer(torch.optim.Optimizer):
             RuntimeError: not all ranks of ``shard_group`` called it within five minutes.
         """
         if asked_by_checkpoint():
-            return self.sharded_state_dict()
-        if self._partition is None or self._partition.world.size == 1 or not self.state:
+            # A load writes into what it gets, so it gets a copy: one that fails in the middle has changed nothing.
+            return self._sharded(private=asked_by_checkpoint(for_load=True) and any(map(self._steps_of, self.state)))
+        if self._partition is None or self._partition.world.size == 1 or not any(self.state.values()):
             return super().state_dict()
         if self._consolidated is None:
-            lines = agreement.describe(self.param_groups, self._steps_of)
-            agreement.meet(lines, self._meetings, self._partition.world)
-            self._meetings += 1
+            lines = agreement.describe(self.param_groups, self._partition, self._steps_of, gradients=False)
+            agreement.meet(lines, self._partition.world)
             return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
-        whole, self._consolidated = self._consolidated, None
-        return whole or self._packed(resharding.as_shard)
+        return self._consolidated or self._packed(resharding.as_shard)
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
         """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
@@ -95,12 +92,21 @@ class SavedOptimizer(torch.optim.Optimizer):
         Before the first step it makes the state, all zero, since a load fills what is there. Tensors share memory with
         the state. Saved parts can be loaded by any number of ranks, and by an optimizer without shards.
         """
+        return self._sharded(private=False)
+
+    def _sharded(self, *, private: bool) -> dict[str, Any]:
+        self._make_all_state()
+        if self._cut().world.group is None:
+            return resharding.copied(super().state_dict()) if private else super().state_dict()
+        return self._packed(lambda packed, params, partition: resharding.as_parts(packed, params, partition, private))
+
+    def _make_all_state(self) -> None:
+        """Zero moments of this rank's blocks for all parameters that have none yet; no step is counted."""
         partition = self._cut()
         for group in self.param_groups:
             for param in group["params"]:
                 if param in partition and not self.state.get(param):
                     self.state[param] = new_state(param, group["moments"], partition.span(param))
-        return self._packed(resharding.as_parts) if partition.world.group is not None else super().state_dict()
 
     def _packed(self, form: Callable[[dict[str, Any], list[Tensor], Partition], dict[str, Any]]) -> dict[str, Any]:
         """Torch's state_dict of this rank's tensors, brought into a form; the user's own hooks see it so."""
@@ -133,15 +139,16 @@ class SavedOptimizer(torch.optim.Optimizer):
                 then.
         """
         held = {param: dict(state) for param, state in self.state.items()}
+        given_away: set[int] = set()
 
         def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             given = foreign.to_own(given, self.param_groups)
             partition = self._cut(resharding.has_state(given, self.param_groups))
-            own = resharding.local_state(given, self.param_groups, partition)
+            own = resharding.local_state(given, self.param_groups, partition, given_away)
             return saved_state.seal(own, self.param_groups)
 
         def unseal(_: torch.optim.Optimizer) -> None:
-            saved_state.unseal(self.state, held)
+            saved_state.unseal(self.state, held, given_away)
 
         # As hooks, so that the user's own hooks see plain tensors on both sides.
         if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it

@@ -102,6 +102,8 @@ def check_shard_group(value: Any) -> None:
             return
         if isinstance(value, dist.ProcessGroup):
             return
+    if value is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"shard_group is a group of which this process is not a member; {accepted}")
     raise ValueError(f"shard_group is {value!r}; {accepted}")
 
 
@@ -131,6 +133,7 @@ class World:
 
         Raises:
             RuntimeError: ``"world"`` in one of several processes before ``init_process_group``.
+            ValueError: a DeviceMesh of other processes.
         """
         if shard_group is None:
             return cls()
@@ -145,8 +148,16 @@ class World:
                 return cls()
             group = dist.group.WORLD
         else:
-            group = shard_group.get_group() if isinstance(shard_group, DeviceMesh) else shard_group
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+            group = shard_group
+            if isinstance(shard_group, DeviceMesh):
+                group = shard_group.get_group() if shard_group.get_coordinate() is not None else None
+        rank = -1 if group is None else dist.get_rank(group)
+        if rank < 0:
+            raise ValueError(
+                f"shard_group is {shard_group!r}, of which this process, rank {dist.get_rank()}, is not a member; "
+                "accepted: groups and meshes of which it is one"
+            )
+        return cls(rank, dist.get_world_size(group), group)
 
 
 # ---------------------------------------------------------------- the cut
@@ -220,6 +231,10 @@ class Partition:
                 f"process is rank {world.rank} of {world.size}; accepted: the same (a state_dict fits any number)"
             )
         self.world = world
+
+    def spans(self, param: Tensor) -> list[Span]:
+        """Blocks of a parameter that each rank holds."""
+        return self._spans[param]
 
     def own(self, param: Tensor) -> Piece:
         """What this process holds of a parameter, in one piece."""

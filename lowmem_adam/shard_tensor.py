@@ -26,22 +26,25 @@ class ShardTensor(Tensor):
         local: the elements, one dimension; shared, not copied.
         shape: of the whole tensor.
         start: flat index of the first element.
+        private: made for a load alone, which may keep ``local`` instead of copying it.
     """
 
     local: Tensor
     start: int
+    private: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], start: int) -> ShardTensor:
+    def __new__(cls, local: Tensor, shape: Sequence[int], start: int, *, private: bool = False) -> ShardTensor:
         """A tensor of the whole shape without memory of its own."""
         made: ShardTensor = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=local.dtype, device=local.device
         )
         made.local = local.detach().view(-1)
         made.start = start
+        made.private = private
         return made
 
-    def __init__(self, local: Tensor, shape: Sequence[int], start: int) -> None:
+    def __init__(self, local: Tensor, shape: Sequence[int], start: int, *, private: bool = False) -> None:
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -74,6 +77,9 @@ class ShardTensor(Tensor):
         ):
             plain = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
             return shard._like(func(shard.local, **plain))
+        if func is aten.new_empty.default and isinstance(shard, ShardTensor):
+            # How torch's stager asks for a tensor whose parts it then fills in by itself.
+            return ShardTensor(shard.local.new_empty(0, **(kwargs or {})), args[1], shard.start)
         if func is aten.copy_.default and all(isinstance(arg, ShardTensor) for arg in args[:2]):
             shard.local.copy_(args[1].local)
             return shard
@@ -121,14 +127,18 @@ class ShardTensor(Tensor):
         raise ValueError(f"{self!r} has no chunk at {index}; accepted: {[chunk.offsets for chunk in self._chunks()]}")
 
 
-def asked_by_checkpoint() -> bool:
+def asked_by_checkpoint(for_load: bool = False) -> bool:
     """Whether torch.distributed.checkpoint is calling: it, and nobody else, wants each rank's own part.
 
     It has no other way of saying so: it calls ``state_dict()`` as everybody does.
+
+    Args:
+        for_load: ask whether it is about to load into what it gets.
     """
+    module = f"{_PACKAGE}.state_dict_loader" if for_load else _PACKAGE
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
+        if str(frame.f_globals.get("__name__", "")).startswith(module):
             return True
         frame = frame.f_back
     return False
