@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowmem_adam import settings
 from lowmem_adam.shard import Partition, World, read
 
 MEETING_SECONDS = 300.0
@@ -23,10 +24,24 @@ TILE = 1 << 18
 # ---------------------------------------------------------------- settings and shapes
 
 
+def describe_settings(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every setting of every param group, but for the backend, which is the machine's own."""
+    lines = []
+    for index, group in enumerate(groups):
+        for name in (*settings.REQUIRED, "decoupled_weight_decay"):
+            value = group[name]
+            lines.append(f"param group {index}: {name} {value.tolist() if isinstance(value, Tensor) else value}")
+    return lines
+
+
 def describe(
-    groups: Sequence[Mapping[str, Any]], partition: Partition, steps: Callable[[Tensor], int], *, gradients: bool
+    groups: Sequence[Mapping[str, Any]],
+    partition: Partition,
+    steps: Callable[[Tensor], int],
+    *,
+    gradients: bool = False,
 ) -> list[str]:
-    """A line for every setting, param group and parameter, with all that must be the same on all ranks.
+    """A line for every param group and parameter, with all that must be the same on all ranks beside settings.
 
     Args:
         groups: the optimizer's param groups.
@@ -38,10 +53,6 @@ def describe(
     for index, group in enumerate(groups):
         where = f"param group {index}"
         lines.append(f"{where}: {len(group['params'])} parameters")
-        # The backend is the machine's own, names are for people; lists of parameters follow, a line each.
-        for name in sorted(set(group) - {"params", "param_names", "backend"}):
-            value = group[name]
-            lines.append(f"{where}: {name} {value.tolist() if isinstance(value, Tensor) else value}")
         for number, param in enumerate(group["params"]):
             words = [
                 f"shape {tuple(param.shape)}",
@@ -76,7 +87,7 @@ def agree(lines: Sequence[str], world: World, refusal: Exception | None = None) 
         raise refusal
     for rank, (_, words) in enumerate(said):
         if words is not None:
-            raise RuntimeError(f"rank {rank} cannot step: {words}")
+            raise RuntimeError(f"rank {rank} refuses: {words}")
     if all(other == digest for other, _ in said):
         return
     everything: list[Sequence[str]] = _exchange(list(lines), world)
@@ -86,7 +97,7 @@ def agree(lines: Sequence[str], world: World, refusal: Exception | None = None) 
             if first != other:
                 raise RuntimeError(
                     f"ranks that share moments differ: rank 0 has {first[0]}; rank {rank} has {other[0]}; accepted: "
-                    "the same model, param groups, settings and loaded state on all ranks"
+                    "the same model, param groups, settings and steps taken on all ranks"
                 )
 
 
@@ -122,7 +133,7 @@ def stop_together(refusal: Exception | None, device: torch.device, groups: Seque
 
 
 def compare_replicas(params: Iterable[tuple[str, Tensor]], world: World) -> None:
-    """Compare the bits of all parameters among all ranks; a collective that sends 8 bytes a parameter.
+    """Compare the bits of all parameters among all ranks; a collective that sends 8 bytes a parameter tensor.
 
     Raises:
         RuntimeError: on every rank; names the parameters that differ, and where.
@@ -190,6 +201,7 @@ def meet(lines: Sequence[str], world: World) -> None:
         return
     # The last one may have arrived just now, and others may have counted themselves out since.
     if store.add(f"{key}/arrived", -1) + 1 >= full or _opens(store, door, 1.0):
+        store.add(f"{key}/arrived", 1)  # it was held after all
         return
     raise RuntimeError(
         f"state_dict() of a sharded optimizer waited {MEETING_SECONDS:g} s for the other ranks; accepted: a call on "

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_adam import foreign
+from lowmem_adam import agreement, foreign
 from lowmem_adam.optimizer import Adam8bit
 
 
@@ -18,7 +17,7 @@ def save(opt: Adam8bit, path: str | os.PathLike[str], to: int = 0) -> None:
     """Write the whole state to a file; a collective where the moments are sharded, and one rank writes.
 
     The file is there whole or not at all: it is written beside its place, then renamed. What was there before stays
-    until then.
+    until then. All ranks return when it is there. Of an optimizer without shards every process that calls this writes.
 
     Args:
         opt: the optimizer.
@@ -26,21 +25,29 @@ def save(opt: Adam8bit, path: str | os.PathLike[str], to: int = 0) -> None:
         to: the rank that puts the state together and writes it.
 
     Raises:
-        OSError: it cannot be written; a file that was there is as it was.
+        OSError: it cannot be written, a RuntimeError on ranks that do not write; a file that was there is as it was.
     """
     whole = opt.consolidate_state_dict(to)
-    if whole is None:
-        return
-    target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    opt._forget_consolidated()
+    failure: Exception | None = None
+    if whole is not None:
+        try:
+            _write(whole, Path(path))
+        except Exception as error:  # noqa: BLE001 (raised below, after the others have been told)
+            failure = error
+    agreement.agree([], opt._cut().world, failure)
+
+
+def _write(whole: dict[str, Any], target: Path) -> None:
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("wb") as file:
             torch.save(whole, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, target)
+        os.replace(beside, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -50,12 +57,12 @@ def load(opt: Adam8bit, path: str | os.PathLike[str]) -> None:
     The file is mapped, so that a rank reads its own part of it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file; PermissionError: it may not be read.
         ValueError: it is damaged or no checkpoint, or its state does not fit; nothing has changed then.
     """
     try:
         state_dict: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         # What torch says of a damaged file does not name it.
@@ -81,5 +88,5 @@ def export(opt: Adam8bit, format: str = "torch", to: int = 0) -> dict[str, Any] 
     if format not in foreign.FORMATS:
         raise ValueError(f"format is {format!r}; accepted: {', '.join(map(repr, foreign.FORMATS))}")
     whole = opt.consolidate_state_dict(to)
-    opt.forget_consolidated()
+    opt._forget_consolidated()
     return None if whole is None else foreign.from_own(whole, opt.param_groups, format)

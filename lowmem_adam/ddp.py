@@ -7,10 +7,12 @@ from torch import Tensor
 
 from lowmem_adam.optimizer import Adam8bit
 
+_GradBucket = getattr(dist, "GradBucket", object)  # some builds of torch are not distributed
+
 
 def reduce_scatter_hook(
     state: Adam8bit,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
+    bucket: _GradBucket,  # type: ignore[valid-type]
 ) -> torch.futures.Future[torch.Tensor]:
     """A communication hook: every rank gets the mean gradients of its own shard, and NaN in the place of others.
 
@@ -28,9 +30,9 @@ def reduce_scatter_hook(
 
     Raises:
         RuntimeError: a second reduction without a step between.
-        ValueError: the optimizer is not sharded, or the model has parameters that it does not have.
+        ValueError: the optimizer is not sharded over all ranks, or the model has parameters that it does not have.
     """
-    reduced = state.reduce_scatter(bucket)
+    reduced = state._reduce_scatter(bucket)
     devices = [reduced.device] if reduced.device.type != "cpu" else None
     future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)  # type: ignore[arg-type]
     future.set_result(reduced)

@@ -103,16 +103,24 @@ def check_dtensor(param: Any, moments: str, label: str) -> None:
 
 def _aligned_everywhere(param: Any) -> bool:
     """Whether every cut through the parameter, on all ranks, lies between two blocks."""
-    cut = {placement.dim for placement in param.placements if placement.is_shard()}
+    cut = {placement.dim for placement in param.placements if _cuts(placement)}
     if param.ndim < 2:
-        return not cut or _chunk(param, 0) % BLOCK_SIZE == 0
+        plain = all(placement.is_shard() for placement in param.placements if _cuts(placement))
+        return not cut or (plain and _chunk(param, 0) % BLOCK_SIZE == 0)
     return cut <= {0} or (cut <= {0, 1} and _chunk(param, 1) * math.prod(param.shape[2:]) % BLOCK_SIZE == 0)
+
+
+def _cuts(placement: Any) -> bool:
+    """Whether it shards a dimension; of the kind that FSDP2 makes of tensor-parallel ones, ``is_shard`` denies it."""
+    return hasattr(placement, "dim")
 
 
 def _chunk(param: Any, dim: int) -> int:
     """What a rank has of a dimension that is cut, but for the last ones: DTensor cuts like torch.chunk."""
     ranks: int = math.prod(
-        param.device_mesh.size(axis) for axis, placement in enumerate(param.placements) if placement.is_shard(dim)
+        param.device_mesh.size(axis)
+        for axis, placement in enumerate(param.placements)
+        if getattr(placement, "dim", None) == dim
     )
     size: int = param.shape[dim]
     chunk: int = -(-size // ranks)
@@ -130,15 +138,14 @@ def like(param: Any, part: Tensor, shape: Sequence[int], *, by_block: bool) -> T
     """
     if not is_dtensor(param):
         return part
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    placements = param.placements
-    if by_block and param.ndim == 1:
-        placements = [Shard(1) if placement.is_shard() else placement for placement in placements]
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    made: Tensor = DTensor.from_local(
-        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
-    )
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    meta = TensorMeta(torch.Size(shape), strides, part.dtype)
+    # Not from_local, which moves to the mesh's device: FSDP2 may keep parameters on the host.
+    spec = DTensorSpec(param.device_mesh, tuple(_placements(param, by_block)), tensor_meta=meta)
+    made: Tensor = DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -146,19 +153,27 @@ def distributed_like(param: Any, value: Tensor, *, by_block: bool) -> Tensor:
     """A whole tensor, which every rank has, placed as its parameter; nothing is sent."""
     if not is_dtensor(param) or is_dtensor(value):
         return value
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    placements = param.placements
+    shape, offset = compute_local_shape_and_global_offset(value.shape, param.device_mesh, _placements(param, by_block))
+    here = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    part = value[here].to(device=local(param).device, copy=True, memory_format=torch.contiguous_format)
+    return like(param, part, value.shape, by_block=by_block)
+
+
+def _placements(param: Any, by_block: bool) -> list[Any]:
+    from torch.distributed.tensor import Shard
+
     if by_block and param.ndim == 1:
-        placements = [Shard(1) if placement.is_shard() else placement for placement in placements]
-    made: Tensor = distribute_tensor(value, param.device_mesh, placements, src_data_rank=None)
-    return made
+        return [Shard(1) if _cuts(placement) else placement for placement in param.placements]
+    return list(param.placements)
 
 
 def groups_of(params: Iterable[Any]) -> list[Any]:
     """The process groups that the parts of DTensors are spread over, each once."""
+    # In the order of parameters and of a mesh's dimensions, which is the same on all ranks; names are not.
     groups: dict[str, Any] = {}
-    for mesh in {param.device_mesh for param in params if is_dtensor(param)}:
+    for mesh in dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)):
         for group in mesh.get_all_groups():
             groups[group.group_name] = group
-    return [groups[name] for name in sorted(groups)]
+    return list(groups.values())

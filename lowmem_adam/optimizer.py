@@ -207,7 +207,7 @@ class Adam8bit(SavedOptimizer):
         known = tuple(map(id, params))
         if known == self._known:
             return partition
-        if partition.world.size == 1 and len(partition) > len(params):  # some were taken out
+        if partition.world.size == 1 and not {id(p) for p in partition.params} <= set(known):  # some were taken out
             partition = self._partition = Partition(partition.world, partition.bucket_bytes)
         new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
         if new:
@@ -243,7 +243,7 @@ class Adam8bit(SavedOptimizer):
         if world.size > 1:
             if not self._agreed:
                 lines = agreement.describe(self.param_groups, partition, self._steps_of, gradients=True)
-                agreement.agree(lines, world, refusal)
+                agreement.agree([*lines, *agreement.describe_settings(self.param_groups)], world, refusal)
             elif self._stops_at_nonfinite():
                 agreement.stop_together(refusal, partition.device, [world.group])
         elif self._stops_at_nonfinite():
@@ -257,17 +257,25 @@ class Adam8bit(SavedOptimizer):
         return any(group["nonfinite"] == "error" for group in self.param_groups)
 
     def check_replicas(self) -> None:
-        """Compare the bits of all parameters among the ranks of ``shard_group``; a collective of 8 bytes a parameter.
+        """Compare the bits of all parameters among the ranks of ``shard_group``; a collective.
+
+        Without one, among the default process group's. It sends 8 bytes a parameter tensor.
 
         Raises:
             RuntimeError: on every rank, if they differ; names the parameters and ranks.
+            ValueError: parameters are DTensors, of which ranks have different parts.
         """
+        world = self._cut().world
+        if world.size == 1 and self._shard_group is None:
+            world = World.of("world")
         labelled = [
             (label_of(group, group_index, index), param)
             for group_index, group in enumerate(self.param_groups)
             for index, param in enumerate(group["params"])
         ]
-        agreement.compare_replicas(labelled, self._cut().world)
+        if any(local.is_dtensor(param) for _, param in labelled):
+            raise ValueError("parameters are DTensors; accepted by check_replicas: plain parameters, as under DDP")
+        agreement.compare_replicas(labelled, world)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
@@ -328,7 +336,7 @@ class Adam8bit(SavedOptimizer):
         if self._reduced is not None:
             self._reduced.clear()
 
-    def reduce_scatter(self, bucket: Any) -> Tensor:
+    def _reduce_scatter(self, bucket: Any) -> Tensor:
         """What ``reduce_scatter_hook`` does with a bucket of DDP's; see there."""
         if self._reduced is None:
             self._reduced = set()
@@ -339,6 +347,11 @@ class Adam8bit(SavedOptimizer):
                 "optimizer.zero_grad() where a step is left out"
             )
         partition, params = self._cut(), bucket.parameters()
+        if partition.world.group is not None and partition.world.size != torch.distributed.get_world_size():
+            raise ValueError(
+                f"reduce_scatter_hook: shard_group has {partition.world.size} of {torch.distributed.get_world_size()} "
+                "ranks, and would average gradients among these alone; accepted: a shard_group of all ranks, as DDP's"
+            )
         if self._shard_group is None or not all(param in partition for param in params):
             raise ValueError(
                 f"reduce_scatter_hook: shard_group is {self._shard_group!r}, and the optimizer has "

@@ -64,14 +64,14 @@ def _parts(
     for param, grad in zip(params, grads, strict=True):
         layout, (first, end) = partition.layout(param), partition.span(param, rank)
         if first < end:
-            if _is_dense(param):
+            if _lies_permuted(param):
                 # What DDP calls the gradient is the memory as if it were row-major; it lies as the parameter does.
                 grad = grad.as_strided(param.shape, param.stride(), grad.storage_offset())
             yield grad, layout.block_start(first), layout.block_start(end)
 
 
-def _is_dense(param: Tensor) -> bool:
-    """Whether the elements fill their memory, in whatever order of dimensions."""
+def _lies_permuted(param: Tensor) -> bool:
+    """Whether the elements fill their memory, in another order than row by row."""
     reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
     return reach == param.numel() and not param.is_contiguous()
 

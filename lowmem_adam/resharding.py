@@ -55,9 +55,7 @@ def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition:
 def as_parts(
     state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition, private: bool
 ) -> dict[str, Any]:
-    """A rank's own state_dict in form *parts*; arguments as for ``as_shard``, and whether tensors are copied."""
-    if private:
-        state_dict = copied(state_dict)
+    """A rank's own state_dict in form *parts*; as ``as_shard``, and whether a load may keep the tensors."""
     state = {}
     for key, tensors in state_dict["state"].items():
         if not tensors:  # left behind where somebody read optimizer.state[param]
@@ -117,7 +115,7 @@ def gathered(state_dict: Mapping[str, Any], to: int) -> dict[str, Any] | None:
         for name, value in tensors.items():
             whole = value.full_tensor() if is_dtensor(value) else value
             if here:
-                state[key][name] = whole.cpu()
+                state[key][name] = whole.to("cpu", copy=not is_dtensor(value))
     return {**state_dict, "state": state} if here else None
 
 

@@ -47,14 +47,21 @@ class SavedOptimizer(torch.optim.Optimizer):
         """
         if asked_by_checkpoint():
             # A load writes into what it gets, so it gets a copy: one that fails in the middle has changed nothing.
-            return self._sharded(private=asked_by_checkpoint(for_load=True) and any(map(self._steps_of, self.state)))
-        if self._partition is None or self._partition.world.size == 1 or not any(self.state.values()):
+            return self._sharded(private=asked_by_checkpoint(for_load=True))
+        if not any(self.state.values()):
+            return super().state_dict()
+        partition = self._cut()
+        if self._consolidated:
+            # Settings may have changed since, which takes no step.
+            return {**self._consolidated, "param_groups": super().state_dict()["param_groups"]}
+        if partition.world.size == 1:
             return super().state_dict()
         if self._consolidated is None:
-            lines = agreement.describe(self.param_groups, self._partition, self._steps_of, gradients=False)
-            agreement.meet(lines, self._partition.world)
+            agreement.meet(agreement.describe(self.param_groups, partition, self._steps_of), partition.world)
+            settings = agreement.describe_settings(self.param_groups)
+            agreement.agree(settings, partition.world)
             return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
-        return self._consolidated or self._packed(resharding.as_shard)
+        return self._packed(resharding.as_shard)
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
         """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
@@ -65,7 +72,8 @@ class SavedOptimizer(torch.optim.Optimizer):
             to: rank in ``shard_group``; where parameters are DTensors, in the default process group.
 
         Returns:
-            The whole state on rank ``to``, as an optimizer without shards has it; None on others.
+            The whole state on rank ``to``, as an optimizer without shards has it; None on others. On every rank its
+            own ``state_dict()``, where neither moments are sharded nor parameters are DTensors.
 
         Raises:
             ValueError: there is no such rank.
@@ -76,13 +84,17 @@ class SavedOptimizer(torch.optim.Optimizer):
         if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
             raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}")
         if world.size == 1:
-            return resharding.gathered(super().state_dict(), to) if spread else super().state_dict()
+            if not spread:
+                return super().state_dict()
+            gathered = resharding.gathered(super().state_dict(), to)
+            self._consolidated = gathered or {}
+            return gathered
         packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
         whole = packed if world.rank == to else None
         self._consolidated = whole or {}
         return whole
 
-    def forget_consolidated(self) -> None:
+    def _forget_consolidated(self) -> None:
         """Drop what ``consolidate_state_dict`` keeps for the next ``state_dict()``."""
         self._consolidated = None
 
@@ -95,18 +107,34 @@ class SavedOptimizer(torch.optim.Optimizer):
         return self._sharded(private=False)
 
     def _sharded(self, *, private: bool) -> dict[str, Any]:
-        self._make_all_state()
-        if self._cut().world.group is None:
-            return resharding.copied(super().state_dict()) if private else super().state_dict()
-        return self._packed(lambda packed, params, partition: resharding.as_parts(packed, params, partition, private))
+        """Parts of what there is, made first if need be; private ones are copies, or made for this alone."""
+        if not private:
+            self._make_all_state()
+
+        def form(packed: dict[str, Any], params: list[Tensor], partition: Partition) -> dict[str, Any]:
+            if private:
+                missing = self._missing_state(partition)
+                made = {index: missing[param] for index, param in enumerate(params) if param in missing}
+                packed = resharding.copied(packed)
+                packed["state"] = {**packed["state"], **made}
+            if partition.world.group is None:
+                return packed
+            return resharding.as_parts(packed, params, partition, private)
+
+        self._cut()
+        return self._packed(form)
 
     def _make_all_state(self) -> None:
         """Zero moments of this rank's blocks for all parameters that have none yet; no step is counted."""
-        partition = self._cut()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in partition and not self.state.get(param):
-                    self.state[param] = new_state(param, group["moments"], partition.span(param))
+        self.state.update(self._missing_state(self._cut()))
+
+    def _missing_state(self, partition: Partition) -> dict[Tensor, dict[str, Tensor]]:
+        return {
+            param: new_state(param, group["moments"], partition.span(param))
+            for group in self.param_groups
+            for param in group["params"]
+            if param in partition and not self.state.get(param)
+        }
 
     def _packed(self, form: Callable[[dict[str, Any], list[Tensor], Partition], dict[str, Any]]) -> dict[str, Any]:
         """Torch's state_dict of this rank's tensors, brought into a form; the user's own hooks see it so."""

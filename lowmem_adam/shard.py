@@ -102,8 +102,8 @@ def check_shard_group(value: Any) -> None:
             return
         if isinstance(value, dist.ProcessGroup):
             return
-    if value is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"shard_group is a group of which this process is not a member; {accepted}")
+        if value is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"shard_group is a group of which this process is not a member; {accepted}")
     raise ValueError(f"shard_group is {value!r}; {accepted}")
 
 
@@ -247,7 +247,11 @@ class Partition:
         if self.world.size == 1:
             shards = [[Run(index, *place.span) for index, place in enumerate(places) if place.span[0] < place.span[1]]]
         else:
-            assert not any(map(is_dtensor, params))
+            if any(map(is_dtensor, params)):
+                raise ValueError(
+                    "parameters are DTensors, which are sharded already, and there is a shard_group; accepted with "
+                    "DTensors: shard_group=None"
+                )
             shards = cut_into_shards(layouts, self.world.size, self.loads)
         self._layouts.update(zip(params, layouts, strict=True))
         for param in params:

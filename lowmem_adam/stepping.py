@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem_adam import inputs, kernels, settings
 from lowmem_adam.kernels.fragment import StepScalars, Work
-from lowmem_adam.local import is_dtensor, local_gradient
+from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Gather, Partition, Piece, read, write
 from lowmem_adam.state import new_state
@@ -125,6 +125,8 @@ class Stepper:
         known = state is not None and prepared is not None and prepared.fits(param, state, moments)
         if not known:
             inputs.check_param(param, label)
+            if is_dtensor(param):
+                check_dtensor(param, moments, label)
         if not is_plain_gradient(param, grad):
             inputs.check_gradient(param, grad, label)
         if not known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def job(rank: int, folder: Path) -> Any:
             sum(v.nbytes for s in fresh.state.values() for v in s.values())
             < 0.7 * opt.memory_report()["total_bytes"] * 2
         )
+    # A rank that writes nothing learns of a write that fails, and a copy saves as what it was copied from.
+    with pytest.raises((FileNotFoundError, RuntimeError), match=r"absent|refuses"):
+        checkpoint.save(opt, folder / "absent" / "state.pt")
+    assert_same_bits(copy.deepcopy(opt).state_dict(), opt.state_dict())
+    # Settings that have come apart are named, and nobody waits.
+    opt.param_groups[0]["lr"] = 0.1 * (rank + 1)
+    with pytest.raises(RuntimeError, match=r"lr 0\.1; rank 1 has param group 0: lr 0\.2"):
+        opt.state_dict()
+    plain = trained()
+    plain.check_replicas()
+    with torch.no_grad():
+        params_of(plain)[0].view(-1)[0] += rank
+    with pytest.raises(RuntimeError, match="replicas differ"):
+        plain.check_replicas()
     return {"loaded": other.consolidate_state_dict(), "imported": imported}
 
 

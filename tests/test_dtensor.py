@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from lowmem_adam import AdamW8bit
+from lowmem_adam import AdamW8bit, checkpoint
 from tests.cases import assert_same_bits, copied, differ, gradient
 from tests.ranks import NEEDS_GLOO, on_ranks
 
@@ -34,6 +34,8 @@ COLUMNS: Shapes = [(40, 1024), (24, 512), (20, 8, 64), (96, 257)]
 
 S0, S1, R = Shard(0), Shard(1), Replicate()
 DTYPES = (torch.float32, torch.bfloat16)
+FILLERS = 8
+"""Process groups made before those of a mesh, so that those are named 9 to 12."""
 
 
 def whole_params(shapes: Shapes, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -230,6 +232,21 @@ def fsdp_job(rank: int, folder: Path) -> Any:
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     for name, param in plain.named_parameters():
         torch.testing.assert_close(before[name], param.detach(), rtol=1e-3, atol=1e-4)
+    # Put together on one rank: for a file, for torch, and to go on with alone.
+    consolidated = opt.consolidate_state_dict(to=1)
+    exported = checkpoint.export(opt, to=1)
+    assert (consolidated is None) == (exported is None) == (rank == 0)
+    held = copied(consolidated)
+    if consolidated is not None and exported is not None:
+        alone = AdamW8bit([nn.Parameter(value) for value in before.values()])
+        alone.load_state_dict(consolidated)
+        assert_same_bits(alone.state_dict()["state"], consolidated["state"])
+        torch.optim.AdamW([nn.Parameter(value) for value in before.values()]).load_state_dict(exported)
+    opt.consolidate_state_dict(to=1)
+    if rank == 1:
+        assert_same_bits(opt.state_dict()["state"], held["state"])
+    with pytest.raises(ValueError, match="parameters are DTensors"):
+        opt.check_replicas()
     options = StateDictOptions(full_state_dict=True)
     found = []
     for option in (None, options):
@@ -253,8 +270,19 @@ def fsdp_job(rank: int, folder: Path) -> Any:
 
 def grid_job(rank: int, folder: Path) -> Any:
     """Four ranks on a mesh of two by two."""
+    # Names of groups count on, and as words "10" comes before "9": nothing may go by their order.
+    for _ in range(FILLERS):
+        torch.distributed.new_group()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     found = {}
+    for bad in range(4):
+        (param,) = placed(whole_params([(64, 130)], torch.float32), mesh, [S0, S0])
+        opt = AdamW8bit([param], nonfinite="error")
+        param.grad = torch.zeros_like(param)
+        if rank == bad:
+            param.grad.to_local().fill_(torch.nan)  # type: ignore[attr-defined]
+        with pytest.raises((ValueError, RuntimeError), match="not finite" if rank == bad else "another rank"):
+            opt.step()
     for name, placements, shapes in (
         ("rows", [S0, R], ROWS),
         ("replicas", [R, S0], ROWS),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -99,14 +100,17 @@ def refusals_job(rank: int, folder: Path) -> Any:
     replica.backward(rank, 2)
     replica.opt.step()
     replica.opt.zero_grad()
-    # Not sharded; not all parameters.
-    for opt in (
-        AdamW8bit(replica.plain.parameters()),
-        AdamW8bit(list(replica.plain.parameters())[:2], shard_group="world"),
+    alone = [dist.new_group([member]) for member in range(dist.get_world_size())][rank]
+    for case, words in (
+        ("not sharded", "accepted: an optimizer with shard_group"),
+        ("not all parameters", "accepted: an optimizer with shard_group"),
+        ("among fewer ranks", "accepted: a shard_group of all ranks"),
     ):
         ddp = DistributedDataParallel(Model())
-        ddp.register_comm_hook(opt, reduce_scatter_hook)
-        with pytest.raises((ValueError, RuntimeError), match="accepted: an optimizer with shard_group"):
+        params = list(ddp.parameters())[: 2 if case == "not all parameters" else None]
+        group = {"not sharded": None, "among fewer ranks": alone}.get(case, "world")
+        ddp.register_comm_hook(AdamW8bit(params, shard_group=group), reduce_scatter_hook)
+        with pytest.raises((ValueError, RuntimeError), match=words):
             loss_of(ddp, rank, 0).backward()
     return None
 

@@ -410,7 +410,7 @@ def test_ranks_that_differ_at_the_first_step_all_say_in_what(three: Outcomes, na
         words = found[name]
         assert DIFFERENCES[name][1] in words, words
         if name == "sparse gradient":
-            assert words.startswith("ValueError: " if rank == 1 else "RuntimeError: rank 1 cannot step: ")
+            assert words.startswith("ValueError: " if rank == 1 else "RuntimeError: rank 1 refuses: ")
         else:
             assert words.startswith("RuntimeError: ranks that share moments differ: rank 0 has ")
 

@@ -21,6 +21,7 @@ from lowmem_adam.foreign.moments import (
     step_count,
 )
 from lowmem_adam.inputs import PARAM_DTYPES
+from lowmem_adam.local import is_dtensor, local
 
 
 def _is_ours(names: set[str], keys: set[str]) -> bool:
@@ -49,7 +50,8 @@ def _defaults(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _write_state(state: Mapping[str, Tensor], param: Tensor, moments: str) -> dict[str, Any]:
     device = next(tensor.device for key, tensor in state.items() if key != "step")
     # torch's fused step takes for granted that moments lie in memory as their parameter does.
-    exp_avg, exp_avg_sq = (torch.empty_like(param, device=device, requires_grad=False) for _ in range(2))
+    like = local(param) if not is_dtensor(param) else torch.empty(param.shape, dtype=param.dtype, device="meta")
+    exp_avg, exp_avg_sq = (torch.empty_like(like, device=device, requires_grad=False) for _ in range(2))
     decode_into(state, exp_avg, exp_avg_sq)
     return {"step": state["step"].to(torch.float32), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
