@@ -23,7 +23,8 @@ COMPARED = frozenset({"optimizer"})
 
 READING_NOTE = (
     "Losses are in nats a byte; the training loss is the mean over the last tenth of the logged steps. "
-    "State is measured from the tensors the optimizer holds."
+    "State is measured from the tensors the optimizer holds; a sharded one is shared out over the ranks, which changes "
+    "no bit of the result."
 )
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -67,8 +68,8 @@ def load_run(folder: Path) -> Run:
 
 
 def run_labels(folders: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The optimizer's name, with the folder's where two runs used the same optimizer."""
-    names = [summary["optimizer"] for summary in summaries]
+    """The optimizer's name and whether it was sharded, with the folder's name where two runs have the same."""
+    names = [summary["optimizer"] + (" sharded" if summary["settings"].get("shard") else "") for summary in summaries]
     return [
         name if names.count(name) == 1 else f"{name} ({folder.resolve().name})"
         for name, folder in zip(names, folders, strict=True)

@@ -110,7 +110,13 @@ def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
     optimizer = build_optimizer(
         settings.optimizer,
         model.parameters(),
-        OptimizerSettings(lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, seed=settings.seed),
+        OptimizerSettings(
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            shard=settings.shard,
+        ),
     )
     schedule = partial(
         warmup_cosine,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import check_optimizer_name, check_seed
+from optimizers import check_optimizer_name, check_seed, check_shard
 
 PRECISIONS = ("no", "bf16")
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,6 +27,8 @@ IMMATERIAL = frozenset(
         "data",
         "expect_world_size",
         "precision",
+        # Any number of shards gives the same bits, and a checkpoint holds the whole state.
+        "shard",
     }
 )
 
@@ -40,6 +42,7 @@ class TrainingSettings:
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-2
+    shard: bool = False
     seed: int = 0
     steps: int = 250
     warmup_steps: int = 25
@@ -67,6 +70,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_optimizer_name(self.optimizer)
+        check_shard(self.optimizer, self.shard)
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
         check_choice("param_dtype", self.param_dtype, tuple(PARAMETER_DTYPES))

@@ -205,7 +205,9 @@ def summarise(job: Job) -> dict[str, Any]:
         "parameters": job.parameters,
         "weights_sha256": weights_by_rank,
         "optimizer_state_bytes": bytes_by_rank,
+        # What a process has to have room for, and what all of them hold: with shards the same bytes once.
         "state_bytes_per_parameter": max(bytes_by_rank) / job.parameters,
+        "state_bytes_per_parameter_all_ranks": sum(bytes_by_rank) / job.parameters,
         "optimizer_step_ms_median": median(timings.steady(timings.optimizer_step_ms)),
         "step_ms_median": median(step_ms),
         "tokens_per_second": 1e3 * tokens_a_step * len(step_ms) / sum(step_ms),
@@ -233,8 +235,13 @@ def summarise(job: Job) -> dict[str, Any]:
     if hasattr(optimizer, "memory_report"):
         summary["memory_report"] = optimizer.memory_report()
     if hasattr(optimizer, "stats"):
-        summary["stats"] = optimizer.stats()
+        summary["stats"] = total_stats(gather_object([optimizer.stats()]), job.settings.shard)
     return summary
+
+
+def total_stats(by_rank: Sequence[dict[str, int]], sharded: bool) -> dict[str, int]:
+    """An optimizer's counts over all blocks: with shards each rank counts its own ones, without each counts all."""
+    return {name: sum(stats[name] for stats in by_rank) if sharded else count for name, count in by_rank[0].items()}
 
 
 def weights_digest(model: torch.nn.Module) -> str:

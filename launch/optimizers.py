@@ -22,6 +22,8 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     seed: int = 0
+    # Over all processes; only those in SHARDABLE can.
+    shard: bool = False
 
 
 Parameters = Iterable[torch.nn.Parameter]
@@ -37,22 +39,27 @@ def _common(settings: OptimizerSettings) -> dict[str, Any]:
     }
 
 
+def _of_ours(settings: OptimizerSettings) -> dict[str, Any]:
+    """The keywords of this repository's optimizers."""
+    return {**_common(settings), "seed": settings.seed, "shard_group": "world" if settings.shard else None}
+
+
 def _adamw8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import AdamW8bit
 
-    return AdamW8bit(parameters, **_common(settings), seed=settings.seed)
+    return AdamW8bit(parameters, **_of_ours(settings))
 
 
 def _adam8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import Adam8bit
 
-    return Adam8bit(parameters, **_common(settings), seed=settings.seed)
+    return Adam8bit(parameters, **_of_ours(settings))
 
 
 def _adamw32bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from lowmem_adam import AdamW8bit
 
-    return AdamW8bit(parameters, **_common(settings), seed=settings.seed, moments="32bit")
+    return AdamW8bit(parameters, **_of_ours(settings), moments="32bit")
 
 
 def _torch(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -82,12 +89,20 @@ FACTORIES: dict[str, Callable[[Parameters, OptimizerSettings], torch.optim.Optim
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
 }
+SHARDABLE = ("adamw8bit", "adam8bit", "adamw32bit")
+"""Those that can share their state out over the processes."""
 
 
 def check_optimizer_name(name: str) -> None:
     """Refuse an unknown name before any model is built."""
     if name not in FACTORIES:
         raise ValueError(f"unknown optimizer {name!r}; accepted: {', '.join(FACTORIES)}")
+
+
+def check_shard(name: str, shard: bool) -> None:
+    """Refuse to shard what keeps all of its state in every process."""
+    if shard and name not in SHARDABLE:
+        raise ValueError(f"shard is for {', '.join(SHARDABLE)}; {name} keeps its whole state in every process")
 
 
 def check_seed(seed: int) -> None:
@@ -99,6 +114,7 @@ def check_seed(seed: int) -> None:
 def build_optimizer(name: str, parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Build the optimizer called `name` over `parameters`."""
     check_optimizer_name(name)
+    check_shard(name, settings.shard)
     return FACTORIES[name](parameters, settings)
 
 

@@ -85,9 +85,9 @@ def _draw_state_bars(axes: Axes, labels: Sequence[str], summaries: Sequence[dict
         axes.annotate(text, (float(place), size), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     axes.set_ylim(0, 1.2 * max(sizes))
     axes.set_xlim(-0.6, len(sizes) - 0.4)
-    rotation = 25 if len(labels) > 3 or max(map(len, labels)) > 14 else 0
+    rotation = 25 if len(labels) > 3 or len(labels) * max(map(len, labels)) > 42 else 0
     axes.set_xticks(places, labels, rotation=rotation, ha="right" if rotation else "center")
-    _finish(axes, title="Optimizer state of a process", ylabel="MiB")
+    _finish(axes, title="Optimizer state of the largest process", ylabel="MiB")
     axes.grid(visible=False, axis="x")
 
 
@@ -100,7 +100,7 @@ def _figures_line(summary: dict[str, Any]) -> str:
     processes = "process" if summary["world_size"] == 1 else "processes"
     return (
         f"validation loss {summary['final_val_loss']:.3f}  |  state {summary['state_bytes_per_parameter']:.3f} bytes a "
-        f"parameter  |  optimizer step {summary['optimizer_step_ms_median']:.1f} ms  |  "
+        f"parameter and process  |  optimizer step {summary['optimizer_step_ms_median']:.1f} ms  |  "
         f"{summary['world_size']} {processes}"
     )
 

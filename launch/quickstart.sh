@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains the same small language model twice on the sources of Python's standard library, with torch.optim.AdamW
-# and with AdamW8bit, in two processes on one machine without a GPU, and compares the two runs.
-# Arguments go on to both runs: bash launch/quickstart.sh --steps 20 (all but --optimizer, --output-dir and
-# --expect-world-size, which are set here).
+# and with AdamW8bit sharded, in two processes on one machine without a GPU, and compares the two runs.
+# Arguments go on to both runs: bash launch/quickstart.sh --steps 20 (all but --optimizer, --shard, --output-dir and
+# --expect-world-size, which are set here; --no-shard leaves the whole state of both in each process).
 set -euo pipefail
 
 # The last of two equal options wins: these would take the place of the ones below and leave nothing to compare.
 for argument in "$@"; do
     case "${argument%%=*}" in
-        --optimizer | --output-dir | --expect-world-size)
+        --optimizer | --shard | --output-dir | --expect-world-size)
             printf '%s: quickstart.sh sets %s itself, once for each run; for a run of your own see %s\n' \
                 "$argument" "${argument%%=*}" docs/training.md >&2
             exit 2
@@ -29,9 +29,13 @@ cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 
 for optimizer in torch adamw8bit; do
+    choice=(--optimizer "$optimizer")
+    if [[ "$optimizer" == adamw8bit ]]; then
+        choice+=(--shard)
+    fi
     printf '\n== %s, %s processes with %s thread(s) each\n' "$optimizer" "$processes" "$OMP_NUM_THREADS"
     accelerate launch --config_file launch/configs/cpu_2.yaml launch/train_lm.py \
-        --optimizer "$optimizer" --expect-world-size "$processes" --output-dir "$results/$optimizer" "$@"
+        "${choice[@]}" --expect-world-size "$processes" --output-dir "$results/$optimizer" "$@"
 done
 
 printf '\n== comparison\n'

@@ -18,6 +18,8 @@ SUMMARY_FILE = "summary.json"
 PICTURE_FILE = "training.png"
 # The final training loss is a mean over this last part of the logged steps: one batch alone is too noisy.
 FINAL_FRACTION = 0.1
+# So many ranks have room in a cell of a table.
+RANKS_LISTED = 4
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -170,9 +172,20 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{summary['parameters']:,}"),
         ("final training loss (nats a byte)", f"{summary['final_train_loss']:.4f}"),
         ("final validation loss (nats a byte)", f"{summary['final_val_loss']:.4f}"),
-        ("optimizer state, bytes a parameter", f"{summary['state_bytes_per_parameter']:.3f}"),
-        ("optimizer state, MiB a process", f"{max(summary['optimizer_state_bytes']) / 2**20:.2f}"),
+        ("optimizer state of each rank, MiB", sizes_by_rank(summary["optimizer_state_bytes"])),
+        ("optimizer state of the largest rank, MiB", f"{max(summary['optimizer_state_bytes']) / 2**20:.2f}"),
+        ("optimizer state of the largest rank, bytes a parameter", f"{summary['state_bytes_per_parameter']:.3f}"),
+        (
+            "optimizer state of all ranks, bytes a parameter",
+            f"{sum(summary['optimizer_state_bytes']) / summary['parameters']:.3f}",
+        ),
         ("optimizer step, median ms", f"{summary['optimizer_step_ms_median']:.2f}"),
         ("whole step, median ms", f"{summary['step_ms_median']:.1f}"),
         ("tokens a second", f"{summary['tokens_per_second']:,.0f}"),
     ]
+
+
+def sizes_by_rank(sizes: Sequence[int]) -> str:
+    """Bytes of every rank in MiB; of many ranks the smallest and the largest."""
+    mib = [f"{size / 2**20:.2f}" for size in (sizes if len(sizes) <= RANKS_LISTED else (min(sizes), max(sizes)))]
+    return ", ".join(mib) if len(sizes) <= RANKS_LISTED else f"{mib[0]} to {mib[1]}"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from optimizers import FACTORIES
+from optimizers import FACTORIES, SHARDABLE
 
 app = typer.Typer(add_completion=False)
 
+SHARD_HELP = f"Share the optimizer's state out over the processes; for {', '.join(SHARDABLE)}."
 DATA_HELP = "A text file or a folder of them; may be given several times. Default: the Python standard library."
 
 
@@ -23,6 +24,7 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     betas: Annotated[tuple[float, float], typer.Option(help="Adam's two decay rates.")] = (0.9, 0.999),
     weight_decay: Annotated[float, typer.Option(help="Reaches every parameter; adam8bit: L2.")] = 1e-2,
+    shard: Annotated[bool, typer.Option(help=SHARD_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Fixes weights, data order and rounding.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 250,
     warmup_steps: Annotated[int, typer.Option(help="Linear warmup before the cosine.")] = 25,

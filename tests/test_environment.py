@@ -121,7 +121,7 @@ def test_installs_anew_when_the_native_library_could_be_another(tools: Path, tmp
     assert not is_up_to_date(source_it())
 
 
-@pytest.mark.parametrize("option", ["--optimizer", "--output-dir=elsewhere", "--expect-world-size"])
+@pytest.mark.parametrize("option", ["--optimizer", "--shard", "--output-dir=elsewhere", "--expect-world-size"])
 def test_quickstart_refuses_options_that_it_sets_itself(option: str, tools: Path) -> None:
     bash = shutil.which("bash")
     assert bash is not None

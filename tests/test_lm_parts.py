@@ -20,6 +20,7 @@ from tests.lm_cases import OURS_AND_TORCH, write_text  # isort: skip  (puts laun
 
 import lm_checkpoint
 import lm_data
+import lm_training
 import optimizers
 import reporting
 import train_lm
@@ -128,6 +129,47 @@ def test_optimizers_get_the_same_settings(name: str) -> None:
     (group,) = optimizer.param_groups
     for key in ("lr", "betas", "eps", "weight_decay"):
         assert group[key] == getattr(settings, key)
+
+
+@pytest.mark.parametrize("name", optimizers.FACTORIES)
+def test_only_ours_can_be_sharded(name: str, tmp_path: Path) -> None:
+    if name in optimizers.SHARDABLE:
+        assert TrainingSettings(output_dir=tmp_path, optimizer=name, shard=True).shard
+        return
+    options = ["--optimizer", name, "--shard", "--output-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(train_lm.app, options)
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert f"shard is for {', '.join(optimizers.SHARDABLE)}; {name} keeps its whole state" in line
+    with pytest.raises(ValueError, match="shard is for adamw8bit"):
+        optimizers.build_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], optimizers.OptimizerSettings(shard=True))
+
+
+@pytest.mark.parametrize("name", optimizers.SHARDABLE)
+def test_sharded_in_one_process_is_the_whole(name: str) -> None:
+    held = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(64, 128))
+        optimizer = optimizers.build_optimizer(name, [parameter], optimizers.OptimizerSettings(shard=shard))
+        parameter.grad = torch.randn(64, 128)
+        optimizer.step()
+        held.append((parameter.detach().clone(), reporting.optimizer_state_bytes(optimizer)))
+    assert torch.equal(held[0][0], held[1][0])
+    assert held[0][1] == held[1][1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cell"), [([2**20], "1.00"), ([2**20, 2**19], "1.00, 0.50"), ([2**20, *[2**19] * 9], "0.50 to 1.00")]
+)
+def test_sizes_of_many_ranks_fit_into_a_cell(sizes: list[int], cell: str) -> None:
+    assert reporting.sizes_by_rank(sizes) == cell
+
+
+def test_counts_of_shards_add_up() -> None:
+    by_rank = [{"skipped_blocks": 2}, {"skipped_blocks": 3}]
+    assert lm_training.total_stats(by_rank, sharded=True) == {"skipped_blocks": 5}
+    assert lm_training.total_stats([by_rank[0]] * 2, sharded=False) == {"skipped_blocks": 2}
 
 
 def test_state_bytes_count_each_storage_once_and_no_parameter() -> None:

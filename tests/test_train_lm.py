@@ -146,10 +146,13 @@ def test_resumed_run_is_the_same_run_bit_for_bit(
     ]
     got = [without_times(record) for record in reporting.read_metrics(resumed / reporting.METRICS_FILE)]
     assert got == expected
+    assert_same_checkpoint(whole, resumed)
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
     last = Path("checkpoints") / "step-000008"
-    assert (resumed / last / "model.safetensors").read_bytes() == (whole / last / "model.safetensors").read_bytes()
-    states = [torch.load(folder / last / "optimizer.bin", weights_only=True) for folder in (whole, resumed)]
-    assert_same_tree(*states)
+    assert (one / last / "model.safetensors").read_bytes() == (other / last / "model.safetensors").read_bytes()
+    assert_same_tree(*(torch.load(folder / last / "optimizer.bin", weights_only=True) for folder in (one, other)))
 
 
 def assert_same_tree(expected: Any, got: Any) -> None:
@@ -288,21 +291,39 @@ def test_diverged_run_says_so(text: Path, tmp_path: Path, group_ends: list[str])
 # Launchers
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
+def launch_two(folder: Path, text: Path, shard: str, **changes: str) -> dict[str, Any]:
+    """A run of two processes with checkpoints, `shard` being the option for it or against it; its summary."""
     config = LAUNCH / "configs" / "cpu_2.yaml"
-    options = tiny_options(tmp_path / "two", text, batch_size="2", optimizer="adamw8bit", expect_world_size="2")
-    result = accelerate_launch("--config_file", str(config), str(LAUNCH / "train_lm.py"), *options)
+    saving = {"checkpoint_dir": str(folder / "checkpoints"), "checkpoint_every": "4"}
+    chosen = {"batch_size": "2", "optimizer": "adamw8bit", "expect_world_size": "2"}
+    options = tiny_options(folder, text, **chosen, **saving, **changes)
+    result = accelerate_launch("--config_file", str(config), str(LAUNCH / "train_lm.py"), *options, shard)
     assert result.returncode == 0, result.stderr
     assert "world size: 2" in result.stdout
     assert "destroy_process_group" not in result.stderr
-    summary = json.loads((tmp_path / "two" / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads((folder / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
     assert summary["world_size"] == 2
+    return summary
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
+    """The same run with the optimizer's whole state in each of two processes, and with half of it."""
+    folders = {shard: tmp_path_factory.mktemp("two") for shard in ("--no-shard", "--shard")}
+    for shard, folder in folders.items():
+        launch_two(folder, text, shard)
+    return folders
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(two_processes: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    folder = two_processes["--no-shard"]
+    summary = json.loads((folder / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
     assert len(summary["optimizer_state_bytes"]) == 2
     first_rank, second_rank = summary["weights_sha256"]
     assert first_rank == second_rank
-    run_training(tiny_settings(tmp_path / "one", text, optimizer="adamw8bit"))
-    two, one = (reporting.read_metrics(tmp_path / run / reporting.METRICS_FILE) for run in ("two", "one"))
+    run_training(tiny_settings(tmp_path, text, optimizer="adamw8bit"))
+    two, one = (reporting.read_metrics(run / reporting.METRICS_FILE) for run in (folder, tmp_path))
     for name in ("lr", "tokens"):
         assert reporting.series(two, "train", name) == reporting.series(one, "train", name)
     losses, alone = (reporting.series(records, "train", "loss")[1] for records in (two, one))
@@ -314,6 +335,60 @@ def test_two_processes_train_one_model(text: Path, tmp_path: Path) -> None:
     # with torch.optim.AdamW ends 1e-3 off.
     assert losses == pytest.approx(alone, rel=0, abs=3e-4)
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=0, abs=3e-4)
+
+
+@pytest.mark.slow
+def test_sharded_run_is_the_same_run_with_half_the_state(two_processes: dict[str, Path]) -> None:
+    whole, sharded = (
+        json.loads((two_processes[shard] / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
+        for shard in ("--no-shard", "--shard")
+    )
+    assert sharded["weights_sha256"] == whole["weights_sha256"]
+    assert sharded["stats"] == whole["stats"]
+    metrics = [
+        [without_times(record) for record in reporting.read_metrics(folder / reporting.METRICS_FILE)]
+        for folder in two_processes.values()
+    ]
+    assert metrics[0] == metrics[1]
+    all_bytes, other_bytes = whole["optimizer_state_bytes"]
+    assert all_bytes == other_bytes
+    # Half of the blocks each, and so half of the bytes but for this model's blocks of 64 to 128 elements, of which
+    # those of its norms are in fp32. Each of its 12 tensors has its count of steps on both ranks.
+    assert sharded["optimizer_state_bytes"] == pytest.approx([all_bytes / 2] * 2, rel=0.05)
+    assert sum(sharded["optimizer_state_bytes"]) == all_bytes + 12 * 8
+    assert sharded["memory_report"]["ranks"] == sharded["optimizer_state_bytes"]
+    parameters = whole["parameters"]
+    assert sharded["state_bytes_per_parameter"] == max(sharded["optimizer_state_bytes"]) / parameters
+    assert sharded["state_bytes_per_parameter_all_ranks"] == sum(sharded["optimizer_state_bytes"]) / parameters
+    assert_same_checkpoint(*two_processes.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("--shard", "--shard"), ("--shard", "--no-shard"), ("--no-shard", "--shard")]
+)
+def test_checkpoint_resumes_with_and_without_shards(
+    saved: str, resumed: str, two_processes: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    source = two_processes[saved]
+    launch_two(tmp_path, text, resumed, resume=str(source / "checkpoints" / "step-000004"))
+    expected = [
+        without_times(record)
+        for record in reporting.read_metrics(source / reporting.METRICS_FILE)
+        if record["step"] > 4
+    ]
+    assert [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)] == expected
+    assert_same_checkpoint(source, tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoint_of_another_world_size_is_refused(
+    two_processes: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    # Not for the shards: as many ranks with the same batch each would read other windows.
+    settings = tiny_settings(tmp_path, text, batch_size=2, shard=True, resume=two_processes["--shard"] / "checkpoints")
+    with pytest.raises(ValueError, match=r"another run \(world_size: 2 there, 1 here\)"):
+        run_training(settings)
 
 
 @pytest.mark.slow
@@ -343,12 +418,27 @@ def test_comparison_writes_table_and_picture(finished_runs: dict[str, Path], tmp
     losses = ["final validation loss (nats a byte)", *(f"{summary['final_val_loss']:.4f}" for summary in summaries)]
     sizes = [f"{summary['state_bytes_per_parameter']:.3f}" for summary in summaries]
     assert losses in rows
-    assert ["optimizer state, bytes a parameter", *sizes] in rows
+    assert ["optimizer state of the largest rank, bytes a parameter", *sizes] in rows
     for value in (*losses[1:], *sizes):
         assert value in result.stdout
     assert "differ in more" not in table
     with Image.open(tmp_path / compare_runs.PICTURE_FILE) as picture:
         assert picture.width > 1200
+
+
+def test_comparison_names_the_sharded_run(finished_runs: dict[str, Path], tmp_path: Path) -> None:
+    whole, sharded = finished_runs["adamw8bit"], tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(whole / reporting.METRICS_FILE, sharded)
+    summary = json.loads((whole / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary["settings"]["shard"] = True
+    summary["optimizer_state_bytes"] = [2 << 20, 3 << 20]
+    (sharded / reporting.SUMMARY_FILE).write_text(json.dumps(summary), encoding="utf-8")
+    compare_runs.compare([whole, sharded], tmp_path / "out")
+    table = (tmp_path / "out" / compare_runs.TABLE_FILE).read_text(encoding="utf-8")
+    assert "| figure | adamw8bit | adamw8bit sharded |" in table
+    assert "| 2.00, 3.00 |" in table
+    assert "differ in more" not in table
 
 
 def test_comparison_says_what_else_differs(finished_runs: dict[str, Path], tmp_path: Path) -> None:
