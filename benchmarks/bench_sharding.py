@@ -184,6 +184,12 @@ def measure(chosen: Sequence[Model], ranks: Sequence[int], dtypes: Sequence[str]
     return {"cases": cases, "left_out": left_out, "verdicts": verdicts(cases)}
 
 
+def threads_of_ranks(cases: Sequence[dict[str, Any]]) -> str:
+    """The parent's number, which stands below every results page, is not theirs."""
+    by_size = {case["ranks"]: case["threads"] for case in cases}
+    return ", ".join(f"{threads} with {ranks} ranks" for ranks, threads in by_size.items()) or "none ran"
+
+
 def check_choices(name: str, given: Sequence[str], accepted: Sequence[str]) -> None:
     for choice in given:
         if choice not in accepted:
@@ -209,7 +215,7 @@ def main(
         "Gloo ranks on one machine, which share its cores and send over its loopback. After "
         f"{VALIDATION_STEPS} steps with gradients averaged by DistributedDataParallel, parameters were the same on all "
         "ranks, and for each contestant to the bit those of its optimizer without shards. ZeroRedundancyOptimizer "
-        "runs torch's fused AdamW."
+        f"runs torch's fused AdamW. Threads of a rank: {threads_of_ranks(data['cases'])}."
     )
     for title, header, rows in tables(data):
         harness.print_table(title, header, rows)

@@ -90,6 +90,11 @@ def test_figures_become_tables_and_a_plot(found: dict[str, Any], tmp_path: Path)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_threads_are_those_of_the_ranks() -> None:
+    cases = [{"ranks": 2, "threads": 4}, {"ranks": 4, "threads": 2}, {"ranks": 2, "threads": 4}]
+    assert bench_sharding.threads_of_ranks(cases) == "4 with 2 ranks, 2 with 4 ranks"
+
+
 def refused_contestant(rank: int, folder: Path) -> str:
     """A sharded optimizer against another learning rate without shards."""
     case = replace(TINY, ranks=1)
