@@ -33,7 +33,7 @@ class Adam8bit(SavedOptimizer):
        ranks compare what they hold;
     3. *state*: zero moments for this rank's blocks of parameters that get their first gradient;
     4. *update*: this rank's shard, bucket by bucket, each in one pass and one call: gradient factor, finite check,
-       decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next bucket's step all ranks
+       decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next buckets' steps all ranks
        send one another what they stepped.
 
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
@@ -62,8 +62,8 @@ class Adam8bit(SavedOptimizer):
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
             of them gives the same bits. Looked up at the first step, so ``"world"`` may come before
             ``init_process_group``.
-        bucket_cap_mb: MiB of parameters that ranks send one another at a time, as in ``DistributedDataParallel``; a
-            step takes no more memory than that.
+        bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``. Small
+            ones and those that do not lie in one run are sent in copies, of which all ranks' take no more than that.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.

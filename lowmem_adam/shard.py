@@ -24,10 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from lowmem_adam.layout import Layout, Run, boxes, cut_into_shards
 from lowmem_adam.local import Span, is_dtensor, place_of
 
-ALONE_FROM = 1 << 18
-"""Bytes from which a piece is sent by itself, from and to where it lies; smaller ones are sent together, in a copy."""
-
-
 # ---------------------------------------------------------------- pieces of parameters
 
 
@@ -168,6 +164,8 @@ class Bucket:
     """What is stepped, then gathered, at one time: for every rank the pieces of its shard."""
 
     pieces: list[list[Piece]]
+    copied: int
+    """Bytes that are sent in copies."""
 
 
 @dataclass(slots=True)
@@ -176,7 +174,7 @@ class Partition:
 
     Args:
         world: the ranks.
-        bucket_bytes: of parameters that are gathered at a time, by all ranks together.
+        bucket_bytes: of parameters that a rank sends at a time, and of all ranks' copies that are on their way.
     """
 
     world: World
@@ -194,6 +192,18 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self._spans)
+
+    @property
+    def alone_from(self) -> int:
+        """Bytes from which a piece is sent by itself, from and to where it lies, and not in a copy with others.
+
+        A broadcast costs about a millisecond whatever its size where ranks share cores, a copy its bytes.
+        """
+        return min(1 << 20, max(1 << 12, self.bucket_bytes // 64))
+
+    def sends_alone(self, piece: Piece) -> bool:
+        """Whether a piece is sent by itself."""
+        return piece.nbytes >= self.alone_from and piece.param.is_contiguous()
 
     @property
     def params(self) -> Iterable[Tensor]:
@@ -260,33 +270,39 @@ class Partition:
             for run in shard:
                 self._spans[params[run.param]][rank] = (run.first_block, run.end_block)
                 self.loads[rank] += run.end_block - run.first_block
-        # Each rank's part of a bucket. Of a process alone all of it is one bucket: there is nothing to overlap.
-        share = max(1, self.bucket_bytes // self.world.size) if self.world.size > 1 else None
-        chunks = [list(_chunks(params, layouts, shard, share)) for shard in shards]
+        chunks = [list(_chunks(params, layouts, shard, self)) for shard in shards]
         for index in range(max(map(len, chunks))):
-            self.buckets.append(Bucket([chunk[index] if index < len(chunk) else [] for chunk in chunks]))
+            pieces = [chunk[index] if index < len(chunk) else [] for chunk in chunks]
+            copied = sum(p.nbytes for of_rank in pieces for p in of_rank if not self.sends_alone(p))
+            self.buckets.append(Bucket(pieces, copied))
 
 
 def _chunks(
-    params: Sequence[Tensor], layouts: Sequence[Layout], shard: Sequence[Run], share: int | None
+    params: Sequence[Tensor], layouts: Sequence[Layout], shard: Sequence[Run], partition: Partition
 ) -> Iterator[list[Piece]]:
-    """A shard in pieces, put together to at most ``share`` bytes (but one block at least)."""
+    """A shard in pieces, as many together as a bucket has room for (one block at least).
+
+    A bucket has room for ``bucket_bytes`` of every rank's pieces that are sent by themselves, and for as many of all
+    ranks' together that are sent in a copy. Of a process alone all is one bucket: there is nothing to overlap.
+    """
+    ranks = partition.world.size
     chunk: list[Piece] = []
-    room = share
+    room = partition.bucket_bytes
     for run in shard:
         param, layout = params[run.param], layouts[run.param]
         first = run.first_block
         while first < run.end_block:
-            end = (
-                run.end_block if room is None else _end_within(layout, first, run.end_block, room, param.element_size())
-            )
-            if end == first and chunk:
-                yield chunk
-                chunk, room = [], share
-                continue
-            piece = Piece(param, layout, first, max(end, first + 1))
+            piece = Piece(param, layout, first, run.end_block)
+            if ranks > 1:
+                weight = 1 if partition.sends_alone(piece) and room >= partition.alone_from else ranks
+                end = _end_within(layout, first, run.end_block, room // weight, param.element_size())
+                if end == first and chunk:
+                    yield chunk
+                    chunk, room = [], partition.bucket_bytes
+                    continue
+                piece = Piece(param, layout, first, max(end, first + 1))
+                room = max(0, room - piece.nbytes * (1 if partition.sends_alone(piece) else ranks))
             chunk.append(piece)
-            room = None if room is None else max(0, room - piece.nbytes)
             first = piece.end_block
     if chunk:
         yield chunk
@@ -312,17 +328,18 @@ class Gather:
     """One bucket's parameters on their way from the ranks that stepped them to all others.
 
     The bytes are sent as they are: large pieces from memory to memory, small ones and those of parameters that do not
-    lie in one run copied together. So a gather holds at most the bucket's bytes.
+    lie in one run copied together.
     """
 
-    def __init__(self, bucket: Bucket, world: World) -> None:
+    def __init__(self, bucket: Bucket, partition: Partition) -> None:
+        world = partition.world
         self._rank = world.rank
         self._works: list[Any] = []
         self._packs: list[tuple[int, list[Piece], Tensor]] = []
         for owner, pieces in enumerate(bucket.pieces):
             together: dict[torch.device, list[Piece]] = {}
             for piece in pieces:
-                if piece.param.is_contiguous() and piece.nbytes >= ALONE_FROM:
+                if partition.sends_alone(piece):
                     self._send(_bytes_of(read(piece.param, piece.start, piece.stop)), owner, world)
                 else:
                     together.setdefault(piece.param.device, []).append(piece)

@@ -6,6 +6,7 @@ Works on an optimizer's param groups and state; keeps what it found out about th
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -162,9 +163,10 @@ class Stepper:
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def update(self, tasks: Sequence[Task], partition: Partition) -> None:
-        """Step this rank's shard and gather everybody's, a bucket's gather beside the next one's step.
+        """Step this rank's shard and gather everybody's, buckets' gathers beside the next ones' steps.
 
-        Every bucket is gathered, whatever has a gradient here: ranks that disagree about that still send alike.
+        As many are on their way as the bytes of their copies allow. Every bucket is gathered, whatever has a gradient
+        here: ranks that disagree about that still send alike.
 
         Args:
             tasks: complete ones.
@@ -172,16 +174,16 @@ class Stepper:
         """
         by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
         world = partition.world
-        gather: Gather | None = None
+        on_their_way: deque[tuple[Gather, int]] = deque()
         for bucket in partition.buckets:
             self._step(
                 [(piece, by_id[id(piece.param)]) for piece in bucket.pieces[world.rank] if id(piece.param) in by_id]
             )
             if world.size > 1:
-                if gather is not None:
-                    gather.wait()
-                gather = Gather(bucket, world)
-        if gather is not None:
+                while on_their_way and bucket.copied + sum(held for _, held in on_their_way) > partition.bucket_bytes:
+                    on_their_way.popleft()[0].wait()
+                on_their_way.append((Gather(bucket, partition), bucket.copied))
+        for gather, _ in on_their_way:
             gather.wait()
         for task in tasks:
             assert task.state is not None

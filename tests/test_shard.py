@@ -96,7 +96,7 @@ def test_a_rank_keeps_its_part_only(runs: dict[int, list[Found]], world_size: in
         # Every rank knows what the others hold, and it is what they measure.
         assert all(found["memory"] == [other["held"] for other in of_ranks] for found in of_ranks)
         if world_size > 1 and variant[2] == SMALL_BUCKET:
-            assert of_ranks[0]["buckets"] > 3
+            assert of_ranks[0]["buckets"] > 1
 
 
 @pytest.fixture(scope="module")
