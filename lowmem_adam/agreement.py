@@ -1,4 +1,4 @@
-"""What ranks that share one optimizer must agree on, and how they find out: an error on all of them, never a hang."""
+"""What ranks that share one optimizer must agree on, and how they find out, so that all raise and none waits."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _hash(param: Tensor) -> int:
     numel = param.numel()
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[param.element_size()]
     places = torch.arange(min(TILE, numel), dtype=torch.int64, device=param.device)
-    # The finaliser's constants of splitmix64; an odd factor loses no bit.
+    # 2**64 over the golden ratio, as a signed number, spreads the places; an odd factor loses no bit.
     factors = (places * -7046029254386353131 ^ (places << 17)) | 1
     total = 0
     for tile, start in enumerate(range(0, numel, TILE)):

@@ -16,7 +16,7 @@ from lowmem_adam.codec import FORMAT
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
-from lowmem_adam.state import memory_by_kind, part_of
+from lowmem_adam.state import memory_by_kind
 from lowmem_adam.stepping import Stepper, Task, label_of
 
 if TYPE_CHECKING:
@@ -83,8 +83,6 @@ class Adam8bit(SavedOptimizer):
     _clip_coefficient: float
     # The first gradient of those that _clip_coefficient is of.
     _clipped: weakref.ref[Tensor] | None
-    # Which parameters _cut has found nothing new about, by identity.
-    _known: tuple[int, ...]
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
     _reduced: set[int] | None
 
@@ -195,41 +193,6 @@ class Adam8bit(SavedOptimizer):
         self._use_up_gradients()
         self._warn_of_skipped()
         return loss
-
-    def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
-        """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
-        if self._partition is None:
-            self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
-        elif self._partition.world.group is None and self._shard_group is not None:
-            self._look_for_group_again(self._partition)
-        partition = self._partition
-        params = [param for group in self.param_groups for param in group["params"]]
-        known = tuple(map(id, params))
-        if known == self._known:
-            return partition
-        if partition.world.size == 1 and not {id(p) for p in partition.params} <= set(known):  # some were taken out
-            partition = self._partition = Partition(partition.world, partition.bucket_bytes)
-        new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
-        if new:
-            partition.extend(new)
-            self._agreed = False
-        if all(param in partition for param in params):
-            self._known = known
-        return partition
-
-    def _look_for_group_again(self, partition: Partition) -> None:
-        """Of a copy, whose process group was left behind, or where there was none when it was asked for."""
-        world = World.of(self._shard_group)
-        if partition.world.size > 1:
-            partition.rejoin(world)
-        elif world.size > 1:
-            self._partition = Partition(world, partition.bucket_bytes)
-            self._partition.extend(list(partition.params))
-            for param, state in self.state.items():
-                span = self._partition.span(param) if param in self._partition else (0, 0)
-                self.state[param] = {key: v.clone() for key, v in part_of(state, param.shape, span).items()}
-            self._stepper.forget()
-            self._known, self._agreed = (), False
 
     def _checked(self, partition: Partition) -> list[Task]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""

@@ -24,7 +24,7 @@ from lowmem_adam.layout import Layout
 from lowmem_adam.local import Span, distributed_like, is_dtensor, local
 from lowmem_adam.shard import Partition
 from lowmem_adam.shard_tensor import ShardTensor
-from lowmem_adam.state import METADATA_KEYS, expected_tensors, part_of
+from lowmem_adam.state import METADATA_KEYS, entries, expected_tensors, part_of
 
 CHUNK = 1 << 26
 """Bytes that are on their way through a device's memory to the host at a time."""
@@ -61,17 +61,12 @@ def as_parts(
         if not tensors:  # left behind where somebody read optimizer.state[param]
             continue
         param = params[key]
-        layout, (first, _) = Layout.of(param.shape), partition.span(param)
+        layout, span = Layout.of(param.shape), partition.span(param)
         whole = expected_tensors(param.shape, _moments_setting(tensors))
         state[key] = {
             name: value
             if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
-            else ShardTensor(
-                value,
-                whole[name][0],
-                first if name in METADATA_KEYS else layout.block_start(first),
-                private=private,
-            )
+            else ShardTensor(value, whole[name][0], entries(name, layout, span)[0], private=private)
             for name, value in tensors.items()
         }
     return {**state_dict, "state": state}
@@ -126,9 +121,7 @@ def _collect(
     world, layout = partition.world, Layout.of(param.shape)
     whole = torch.empty(shape, dtype=own.dtype) if world.rank == to else None
     for rank in range(world.size):
-        first, end = partition.span(param, rank)
-        if name not in METADATA_KEYS:
-            first, end = layout.block_start(first), layout.block_start(end)
+        first, end = entries(name, layout, partition.span(param, rank))
         if rank == to == world.rank:
             assert whole is not None
             whole.view(-1)[first:end].copy_(own.view(-1))
@@ -297,9 +290,7 @@ def _own_part(value: Any, name: str, param: Tensor | None, span_of: Callable[[Te
     """The tensor within a ``ShardTensor``, if it is this rank's."""
     if not isinstance(value, ShardTensor) or param is None:
         return value
-    layout, (first, end) = Layout.of(param.shape), span_of(param)
-    if name not in METADATA_KEYS:
-        first, end = layout.block_start(first), layout.block_start(end)
+    first, end = entries(name, Layout.of(param.shape), span_of(param))
     if (value.start, value.local.numel()) != (first, end - first):
         raise ValueError(
             f"state_dict, parameter {key}: {name} is {value!r}; accepted: {end - first} elements from {first} on"

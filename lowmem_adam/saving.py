@@ -1,4 +1,4 @@
-"""The part of the optimizers that saves and loads: ``state_dict`` in its forms, and back."""
+"""The part of the optimizers that knows who holds what, saves and loads it: ``state_dict`` in its forms, and back."""
 
 from __future__ import annotations
 
@@ -9,23 +9,59 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import agreement, foreign, local, resharding, saved_state
-from lowmem_adam.shard import Partition
+from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
-from lowmem_adam.state import new_state
+from lowmem_adam.state import new_state, part_of
 
 
 class SavedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose state is cut into shards by ``_cut``, and which saves and loads it."""
+    """An optimizer whose state is cut into shards, of which there may be only one, and which saves and loads it."""
 
+    _shard_group: Any = None
+    _bucket_cap_mb = 64.0
     _partition: Partition | None = None
+    _known: tuple[int, ...] = ()
+    """The parameters that ``_cut`` has found nothing new about, by identity."""
     _agreed = False
     """Whether ranks have compared what they hold since it last changed from outside."""
     _consolidated: dict[str, Any] | None = None
     """What ``consolidate_state_dict`` made, for the next ``state_dict()``: a whole on one rank, {} on others."""
 
+    # ---------------------------------------------------------------- who holds what
+
     def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
-        """Who holds what, with parameters that are new."""
-        raise NotImplementedError
+        """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
+        if self._partition is None:
+            self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
+        elif self._partition.world.group is None and self._shard_group is not None:
+            self._look_for_group_again(self._partition)
+        partition = self._partition
+        params = [param for group in self.param_groups for param in group["params"]]
+        known = tuple(map(id, params))
+        if known == self._known:
+            return partition
+        if partition.world.size == 1 and not {id(p) for p in partition.params} <= set(known):  # some were taken out
+            partition = self._partition = Partition(partition.world, partition.bucket_bytes)
+        new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
+        if new:
+            partition.extend(new)
+            self._agreed = False
+        if all(param in partition for param in params):
+            self._known = known
+        return partition
+
+    def _look_for_group_again(self, partition: Partition) -> None:
+        """Of a copy, whose process group was left behind, or where there was none when it was asked for."""
+        world = World.of(self._shard_group)
+        if partition.world.size > 1:
+            partition.rejoin(world)
+        elif world.size > 1:
+            self._partition = Partition(world, partition.bucket_bytes)
+            self._partition.extend(list(partition.params))
+            for param, state in self.state.items():
+                span = self._partition.span(param) if param in self._partition else (0, 0)
+                self.state[param] = {key: v.clone() for key, v in part_of(state, param.shape, span).items()}
+            self._known, self._agreed = (), False
 
     def _steps_of(self, param: Tensor) -> int:
         """How many steps a parameter has taken."""

@@ -69,12 +69,11 @@ class ShardTensor(Tensor):
     ) -> Any:
         """What a checkpoint does to tensors: copies, also to another device. Everything else is refused."""
         aten = torch.ops.aten
-        shard = args[0]
+        shard: Any = args[0] if args else None
         if func in (aten.detach.default, aten.alias.default) and isinstance(shard, ShardTensor):
             return shard._like(shard.local)
-        if func in (aten.clone.default, aten._to_copy.default, aten.empty_like.default) and isinstance(
-            shard, ShardTensor
-        ):
+        copies = (aten.clone.default, aten._to_copy.default, aten.empty_like.default)
+        if func in copies and isinstance(shard, ShardTensor):
             plain = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
             return shard._like(func(shard.local, **plain))
         if func is aten.new_empty.default and isinstance(shard, ShardTensor):
@@ -83,10 +82,10 @@ class ShardTensor(Tensor):
         if func is aten.copy_.default and all(isinstance(arg, ShardTensor) for arg in args[:2]):
             shard.local.copy_(args[1].local)
             return shard
+        # Of a TypeError torch's operators make one of their own, with other words.
         raise NotImplementedError(
-            f"{func} on {next(arg for arg in args if isinstance(arg, ShardTensor))!r}, which is one rank's part; "
-            "accepted: copies of it, torch.distributed.checkpoint, or whole tensors as consolidate_state_dict(to=0) "
-            "makes them"
+            f"{func} on a ShardTensor, which is one rank's part of a tensor; accepted: copies of it, "
+            "torch.distributed.checkpoint, or whole tensors as consolidate_state_dict(to=0) makes them"
         )
 
     # ---------------------------------------------------------------- the protocol of torch.distributed.checkpoint

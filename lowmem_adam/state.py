@@ -23,6 +23,11 @@ def keeps_codes(shape: Sequence[int], moments: str) -> bool:
     return moments == "8bit" and is_coded(shape)
 
 
+def entries(name: str, layout: Layout, span: Span) -> Span:
+    """Which entries of a state tensor, flat, are of some blocks: an entry a block, or one an element."""
+    return span if name in METADATA_KEYS else (layout.block_start(span[0]), layout.block_start(span[1]))
+
+
 def expected_tensors(
     shape: Sequence[int], moments: str, span: Span | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -86,15 +91,10 @@ def part_of(state: Mapping[str, Any], shape: Sequence[int], span: Span) -> dict[
     layout = Layout.of(shape)
     if span == (0, layout.n_blocks):
         return dict(state)
-    start, stop = (layout.block_start(block) for block in span)
-    parts = {}
-    for key, value in state.items():
-        if key == "step":
-            parts[key] = value
-        else:
-            first, end = span if key in METADATA_KEYS else (start, stop)
-            parts[key] = value.reshape(-1)[first:end]
-    return parts
+    return {
+        key: value if key == "step" else value.reshape(-1)[slice(*entries(key, layout, span))]
+        for key, value in state.items()
+    }
 
 
 def check_state(

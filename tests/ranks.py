@@ -38,7 +38,7 @@ def run_rank(rank: int, job: Job, world_size: int, folder: Path) -> None:
     try:
         torch.save(job(rank, folder), folder / f"result_{rank}.pt")
         dist.barrier()
-    except Exception:
+    except BaseException:  # torch's CheckpointException is no Exception
         # Before this rank's connections close: the other rank's complaint about that may be raised first.
         (folder / f"traceback_{rank}.txt").write_text(f"Rank {rank}: {traceback.format_exc()}")
         raise

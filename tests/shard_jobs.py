@@ -23,6 +23,9 @@ from tests.cases import FEW, Shape, assert_same_bits, copied, make_params, param
 from tests.ranks import Job, on_ranks
 from tests.test_ddp import Model, loss_of
 
+PAIR = 2
+"""Ranks, where two are enough."""
+
 SMALL_BUCKET = 2.0**-6
 """MiB: a few thousand elements, so that parameters lie in several buckets."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lowmem_adam import Adam8bit, AdamW8bit, checkpoint
 from lowmem_adam.foreign import FORMATS
+from lowmem_adam.shard_tensor import ShardTensor
 from tests.cases import FEW, assert_same_bits, copied, differ, everything, make_params, params_of, train
 from tests.ranks import NEEDS_GLOO, on_ranks
 
@@ -97,6 +100,24 @@ def test_state_goes_to_torch_and_comes_back() -> None:
 
 def copied_params(opt: torch.optim.Optimizer) -> list[Tensor]:
     return [torch.nn.Parameter(copied(param)) for param in params_of(opt)]
+
+
+def test_one_ranks_part_of_a_tensor_is_copied_and_nothing_else() -> None:
+    part = ShardTensor(torch.arange(4.0), (2, 3), 1)
+    for other in (part.clone(), copy.deepcopy(part)):
+        assert isinstance(other, ShardTensor)
+        assert_same_bits(other.local, part.local)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: part + 1,
+        lambda: torch.cat([part, part]),
+        lambda: torch.zeros(2, 3).add_(part),
+        lambda: part.sum(),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="one rank's part of a tensor; accepted: copies"):
+            call()
+    with pytest.raises(RuntimeError, match="cannot be pickled; accepted"):
+        pickle.dumps(part)
 
 
 # ---------------------------------------------------------------- two ranks

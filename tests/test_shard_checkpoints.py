@@ -27,6 +27,7 @@ from lowmem_adam import AdamW8bit, agreement, resharding
 from tests.cases import FEW, assert_same_bits, copied, params_of
 from tests.ranks import NEEDS_GLOO, Job
 from tests.shard_jobs import (
+    PAIR,
     Outcomes,
     Replica,
     assert_equal_runs,
@@ -46,7 +47,6 @@ from tests.shard_jobs import (
 
 pytestmark = NEEDS_GLOO
 
-PAIR = 2
 SAVED = 3
 """Steps before a save."""
 END = 5

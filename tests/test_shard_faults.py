@@ -26,6 +26,7 @@ from lowmem_adam.shard_tensor import ShardTensor
 from tests.cases import FEW, SHAPES, assert_same_bits, make_params, params_of, set_gradients
 from tests.ranks import NEEDS_GLOO, Job
 from tests.shard_jobs import (
+    PAIR,
     Outcomes,
     Replica,
     assert_equal_runs,
@@ -43,7 +44,6 @@ from tests.test_ddp import loss_of
 
 pytestmark = NEEDS_GLOO
 
-PAIR = 2
 THREE = 3
 SAVED = 3
 """Steps before the checkpoint that must stay whole."""

@@ -28,6 +28,7 @@ from tests.cases import (
 )
 from tests.ranks import NEEDS_GLOO
 from tests.shard_jobs import (
+    PAIR,
     SMALL_BUCKET,
     Outcomes,
     allocated_by,
@@ -45,7 +46,6 @@ from tests.shard_jobs import (
 
 pytestmark = NEEDS_GLOO
 
-PAIR = 2
 FOUR = 4
 SEVEN = 7
 

@@ -36,6 +36,7 @@ from tests.cases import (
 )
 from tests.ranks import NEEDS_GLOO, Job
 from tests.shard_jobs import (
+    PAIR,
     Outcomes,
     Replica,
     assert_equal_runs,
@@ -53,8 +54,6 @@ from tests.shard_jobs import (
 from tests.test_ddp import Model, loss_of
 
 pytestmark = NEEDS_GLOO
-
-PAIR = 2
 
 
 # ---------------------------------------------------------------- DistributedDataParallel
@@ -267,6 +266,28 @@ def hooks_job(rank: int, folder: Path) -> Any:
     return [seen[0], seen[1], seen[2], sorted(seen[3])]
 
 
+def late_group_job(rank: int, folder: Path) -> Any:
+    """State is loaded before there is a process group, where "world" is this process alone; then there is one."""
+    alone = small(None)
+    take(alone, range(3))
+    dist.destroy_process_group()
+    opt = small("world")
+    opt.load_state_dict(alone.state_dict())
+    assert len(loads_of(opt)) == 1
+    with torch.no_grad():
+        for param, value in zip(params_of(opt), values(alone), strict=True):
+            param.copy_(value)
+    init_method = (folder / "late").as_uri()
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=PAIR)
+    take(opt, range(3, 6))
+    take(alone, range(3, 6))
+    assert len(loads_of(opt)) == PAIR
+    held_here, whole = (sum(v.nbytes for s in o.state.values() for v in s.values()) for o in (opt, alone))
+    assert held_here < 0.7 * whole
+    assert_equal_runs(opt, alone)
+    return None
+
+
 def copies_job(rank: int, folder: Path) -> Any:
     opt = small("world")
     fresh = copy.deepcopy(opt)
@@ -362,6 +383,7 @@ PAIR_JOBS: tuple[Job, ...] = (
     schedule_job,
     scale_job,
     hooks_job,
+    late_group_job,
     copies_job,
     pickles_job,
     copied_group_job,
@@ -378,7 +400,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 # ---------------------------------------------------------------- tests: training
 
 
-@pytest.mark.parametrize("job", [ddp_job, closure_job, schedule_job, scale_job, copies_job, pickles_job])
+@pytest.mark.parametrize(
+    "job", [ddp_job, closure_job, schedule_job, scale_job, late_group_job, copies_job, pickles_job]
+)
 def test_a_training_loop_gives_the_bits_of_one_that_keeps_all_moments(pair: Outcomes, job: Job) -> None:
     outcome(pair, job)
 
