@@ -28,7 +28,7 @@ def describe_settings(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every setting of every param group, but for the backend, which is the machine's own."""
     lines = []
     for index, group in enumerate(groups):
-        for name in (*settings.REQUIRED, "decoupled_weight_decay"):
+        for name in (*settings.ALL, "decoupled_weight_decay"):
             value = group[name]
             lines.append(f"param group {index}: {name} {value.tolist() if isinstance(value, Tensor) else value}")
     return lines

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, inputs, kernels, local, reduction, resharding, settings
+from lowmem_adam import agreement, inputs, kernels, local, master, reduction, resharding, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
@@ -48,8 +48,11 @@ class Adam8bit(SavedOptimizer):
         weight_decay: L2 coefficient, added to the gradient.
         maximize: ascend instead of descend.
         moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code.
-        low_precision_update: how bfloat16 and float16 parameters are rounded: ``"stochastic"`` lets updates smaller
-            than their rounding step add up on average, ``"nearest"`` loses them.
+        low_precision_update: how bfloat16 and float16 parameters take updates smaller than their rounding step.
+            ``"stochastic"`` lets them add up on average, ``"nearest"`` loses them. With more memory they are kept:
+            ``"split"`` keeps beside the parameter what it cannot hold of a float32 weight, in 16 bits an element or in
+            8, ``"fp32"`` keeps the whole weight. float32 parameters are stepped alike in all of them.
+        master_bits: of the weight that ``"split"`` keeps, 32 or 24, parameter included.
         nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
             parameter and moments and is counted in ``stats()``, while the step number counts on; ``"error"``: an
             error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
@@ -97,6 +100,7 @@ class Adam8bit(SavedOptimizer):
         maximize: bool = False,
         moments: str = "8bit",
         low_precision_update: str = "stochastic",
+        master_bits: int = 32,
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str | None = None,
@@ -115,6 +119,7 @@ class Adam8bit(SavedOptimizer):
             "maximize": maximize,
             "moments": moments,
             "low_precision_update": low_precision_update,
+            "master_bits": master_bits,
             "nonfinite": nonfinite,
             "seed": seed,
             "backend": backend,
@@ -336,6 +341,25 @@ class Adam8bit(SavedOptimizer):
 
     # ---------------------------------------------------------------- what happened, and what is held
 
+    @torch.no_grad()
+    def master_weight(self, param: Tensor) -> Tensor:
+        """The float32 weight that the next step of a parameter starts from.
+
+        With ``low_precision_update="split"`` or ``"fp32"`` that is more than the parameter holds; otherwise, and before
+        the first step, it is the parameter. Where moments are shared among ranks it is a collective.
+
+        Returns:
+            A new tensor of the parameter's shape; of a DTensor one with the same placements.
+
+        Raises:
+            ValueError: the optimizer does not have the parameter.
+        """
+        group = next((group for group in self.param_groups if any(param is held for held in group["params"])), None)
+        if group is None:
+            what = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
+            raise ValueError(f"param is {what} that is in no param group; accepted: a parameter of this optimizer")
+        return master.weight_of(param, self.state.get(param, {}), group, self._cut())
+
     def stats(self) -> dict[str, int]:
         """Counts since construction: ``skipped_blocks``, blocks left out of a step for a non-finite gradient.
 
@@ -410,6 +434,9 @@ class Adam8bit(SavedOptimizer):
             self._reset(None, 64.0)
             self._stepper.skipped = skipped
         super().__setstate__(restored)
+        for group in self.param_groups:
+            for name, value in settings.SINCE.items():
+                group.setdefault(name, value)
         self._stepper.forget()  # also after a load, or the tensors replaced would stay in memory
         # torch adds this to every optimizer it restores; it is no setting of ours.
         self.defaults.pop("differentiable", None)

@@ -16,7 +16,7 @@ from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments
 from lowmem_adam.layout import Layout
 from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.shard import read
-from lowmem_adam.state import check_state, moments_of
+from lowmem_adam.state import check_state, master_of, moments_of
 
 
 class Prepared:
@@ -31,6 +31,7 @@ class Prepared:
         label: names the parameter in errors.
         layout: numbers the parameter's blocks.
         span: those that lie here and that the state is of.
+        master: as what the state keeps the rest of the weight, as ``state.master_dtype`` says.
 
     Raises:
         ValueError: state that does not fit the parameter.
@@ -42,6 +43,8 @@ class Prepared:
         "_caches",
         "_device",
         "_layout",
+        "_master",
+        "_master_dtype",
         "_moments",
         "_param",
         "_setting",
@@ -50,9 +53,16 @@ class Prepared:
     )
 
     def __init__(
-        self, param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, layout: Layout, span: Span
+        self,
+        param: Tensor,
+        state: Mapping[str, Tensor],
+        moments: str,
+        label: str,
+        layout: Layout,
+        span: Span,
+        master: torch.dtype | None,
     ) -> None:
-        check_state(state, param.shape, moments, label, None if is_dtensor(param) else span)
+        check_state(state, param.shape, moments, label, None if is_dtensor(param) else span, master)
         inputs.check_devices(state, param, label)
         self._param = local(param).detach()
         # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
@@ -63,11 +73,14 @@ class Prepared:
         self._all = span if is_dtensor(param) else (0, layout.n_blocks)
         self._tensors = tuple(state.items())
         self._moments = moments_of(state)
+        held = master_of(state)
+        self._master = None if held is None else local(held)
+        self._master_dtype = master
         self._layout = layout
         self._device = param.device
         self._caches: dict[tuple[int, int], dict[str, Any]] = {}
 
-    def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str) -> bool:
+    def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str, master: torch.dtype | None) -> bool:
         """Whether nothing has changed but values."""
         given, held, param = param, self._param, local(param)
         return (
@@ -76,6 +89,7 @@ class Prepared:
             and param.stride() == held.stride()
             and param.device == self._device
             and moments == self._setting
+            and master is self._master_dtype
             and len(state) == len(self._tensors)
             and all(state.get(key) is tensor for key, tensor in self._tensors)
             and _addresses(given, state) == self._addresses
@@ -91,17 +105,24 @@ class Prepared:
         if cache is None:
             cache = self._caches[key] = {}
         if key == self._all:
-            return Fragment(self._param, grad.detach(), self._moments, layout, first_block, end_block, cache)
+            return Fragment(self._param, grad.detach(), self._moments, layout, *key, cache, self._master)
         start, stop = layout.block_start(first_block), layout.block_start(end_block)
         if "piece" in cache:
-            param, moments = cache["piece"]
+            param, moments, master = cache["piece"]
         else:
-            param, moments = read(self._param, start, stop), self._moments_between(first_block, end_block)
+            param = read(self._param, start, stop)
+            moments, master = self._moments_between(first_block, end_block), self._master_between(start, stop)
             if self._param.is_contiguous():
-                cache["piece"] = (param, moments)
+                cache["piece"] = (param, moments, master)
         # A copy lies elsewhere each time: nothing can be kept about it.
         kept = cache if "piece" in cache else None
-        return Fragment(param, read(grad, start, stop), moments, layout, first_block, end_block, kept)
+        return Fragment(param, read(grad, start, stop), moments, layout, first_block, end_block, kept, master)
+
+    def _master_between(self, start: int, stop: int) -> Tensor | None:
+        if self._master is None:
+            return None
+        origin = self._layout.block_start(self._span[0])
+        return self._master.view(-1)[start - origin : stop - origin]
 
     def _moments_between(self, first_block: int, end_block: int) -> CodedMoments | FullMoments:
         blocks = slice(first_block - self._span[0], end_block - self._span[0])

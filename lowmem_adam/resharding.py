@@ -24,7 +24,7 @@ from lowmem_adam.layout import Layout
 from lowmem_adam.local import Span, distributed_like, is_dtensor, local
 from lowmem_adam.shard import Partition
 from lowmem_adam.shard_tensor import ShardTensor
-from lowmem_adam.state import METADATA_KEYS, entries, expected_tensors, part_of
+from lowmem_adam.state import METADATA_KEYS, entries, expected_tensors, master_of, part_of
 
 CHUNK = 1 << 26
 """Bytes that are on their way through a device's memory to the host at a time."""
@@ -62,7 +62,7 @@ def as_parts(
             continue
         param = params[key]
         layout, span = Layout.of(param.shape), partition.span(param)
-        whole = expected_tensors(param.shape, _moments_setting(tensors))
+        whole = _tensors_like(tensors, param)
         state[key] = {
             name: value
             if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
@@ -93,7 +93,7 @@ def as_whole(
         if not tensors or int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
             continue
         param = params[key]
-        expected = expected_tensors(param.shape, _moments_setting(tensors))
+        expected = _tensors_like(tensors, param)
         whole[key] = {
             name: value.clone() if name == "step" else _collect(value, name, expected[name][0], param, partition, to)
             for name, value in tensors.items()
@@ -148,14 +148,18 @@ def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Part
             if rank == partition.world.rank or param not in partition:
                 total += sum(local(value).nbytes for value in state.values())
             elif state:
-                expected = expected_tensors(param.shape, _moments_setting(state), partition.span(param, rank))
+                expected = _tensors_like(state, param, partition.span(param, rank))
                 total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
         totals.append(total)
     return totals
 
 
-def _moments_setting(tensors: Mapping[str, Any]) -> str:
-    return "8bit" if "exp_avg_code" in tensors else "32bit"
+def _tensors_like(
+    tensors: Mapping[str, Any], param: Tensor, span: Span | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What state has, of whole parameters or of other blocks, whose settings were those of this state."""
+    moments, master = "8bit" if "exp_avg_code" in tensors else "32bit", master_of(tensors)
+    return expected_tensors(param.shape, moments, span, None if master is None else master.dtype)
 
 
 def copied(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.local import Span, is_dtensor, local
-from lowmem_adam.state import check_state
+from lowmem_adam.state import check_state, master_dtype
 
 MAX_STEP = 2**53
 """Steps are counted exactly in double, in which the bias corrections are computed."""
@@ -25,6 +25,16 @@ MAX_STEP = 2**53
 @dataclass(frozen=True, slots=True)
 class _Sealed:
     tensor: Tensor
+
+
+class Owner(NamedTuple):
+    """Whose saved state it is: the optimizer's parameter, and what settings its state depends on."""
+
+    param: Tensor
+    moments: str
+    label: str
+    master: torch.dtype | None
+    """By the saved settings, which a load takes over."""
 
 
 def check(
@@ -46,30 +56,31 @@ def check(
     for key, state in state_dict["state"].items():
         if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
             continue
-        param, moments, label = owners[key]
-        check_state(state, param.shape, moments, label, span_of(param))
+        param, moments, label, master = owners[key]
+        check_state(state, param.shape, moments, label, span_of(param), master)
         _check_values(state, label)
 
 
-def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[Tensor, str, str]]:
-    """The optimizer's parameter, its ``moments`` and its label for every saved id; checks groups and ids."""
+def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, Owner]:
+    """Whose state that of every saved id is; checks groups and ids."""
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
-    owners: dict[Any, tuple[Tensor, str, str]] = {}
+    owners: dict[Any, Owner] = {}
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_group(saved, group, f"state_dict, param group {index}")
         names = group.get("param_names", [None] * len(group["params"]))
         for key, param, name in zip(saved["params"], group["params"], names, strict=True):
             label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
-            owners[key] = (param, group["moments"], label)
+            master = master_dtype(param.dtype, settings.completed(saved))
+            owners[key] = Owner(param, group["moments"], label, master)
     if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
         raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
     for key, state in state_dict["state"].items():
         if key not in owners:
             raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
         if not isinstance(state, Mapping):
-            label = owners[key][2]
+            label = owners[key].label
             raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
     return owners
 
@@ -102,7 +113,7 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
             raise ValueError(f"{where}: {name} is {saved.get(name)!r}; accepted: {group[name]!r}, {meaning}")
     if missing := [name for name in settings.REQUIRED if name not in saved]:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; accepted: every setting of this version")
-    settings.check_group({**saved, "backend": group["backend"]}, where)
+    settings.check_group({**settings.completed(saved), "backend": group["backend"]}, where)
 
 
 def _check_values(state: Mapping[str, Tensor], label: str) -> None:
@@ -130,7 +141,7 @@ def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
     }
     saved_groups = [
-        settings.normalised({**saved, "backend": group["backend"]})
+        settings.normalised({**settings.completed(saved), "backend": group["backend"]})
         for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     return {**state_dict, "state": state, "param_groups": saved_groups}

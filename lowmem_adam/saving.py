@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem_adam import agreement, foreign, local, resharding, saved_state
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
-from lowmem_adam.state import new_state, part_of
+from lowmem_adam.state import master_dtype, new_state, part_of
 
 
 class SavedOptimizer(torch.optim.Optimizer):
@@ -166,7 +166,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     def _missing_state(self, partition: Partition) -> dict[Tensor, dict[str, Tensor]]:
         return {
-            param: new_state(param, group["moments"], partition.span(param))
+            param: new_state(param, group["moments"], partition.span(param), master_dtype(param.dtype, group))
             for group in self.param_groups
             for param in group["params"]
             if param in partition and not self.state.get(param)

@@ -17,6 +17,7 @@ class Keywords(TypedDict, total=False):
     maximize: bool
     moments: str
     low_precision_update: str
+    master_bits: int
     nonfinite: str
     seed: int
     backend: str | None
@@ -28,7 +29,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "moments": ("8bit", "32bit"),
-    "low_precision_update": ("nearest", "stochastic"),
+    "low_precision_update": ("nearest", "stochastic", "split", "fp32"),
+    "master_bits": (32, 24),
     "nonfinite": ("skip", "error", "propagate"),
     "backend": (None, "cpu", "reference"),
     "maximize": (False, True),
@@ -36,7 +38,6 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 LATER: dict[str, tuple[object, ...]] = {
     "moments": ("bnb8bit",),
-    "low_precision_update": ("split", "fp32"),
     "backend": ("triton", "bitsandbytes"),
 }
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
@@ -44,7 +45,13 @@ LATER: dict[str, tuple[object, ...]] = {
 REQUIRED = ("lr", "betas", "eps", "weight_decay", "maximize", "moments", "low_precision_update", "nonfinite", "seed")
 """Settings that saved state must carry; ``backend`` is the machine's own."""
 
-ACCEPTED = f"accepted settings: {', '.join(REQUIRED)}, backend"
+SINCE: dict[str, object] = {"master_bits": 32}
+"""Settings that state saved by an earlier version does not have, and what they were then."""
+
+ALL = (*REQUIRED, *SINCE)
+"""Settings that saved state carries."""
+
+ACCEPTED = f"accepted settings: {', '.join(ALL)}, backend"
 
 INSTEAD: dict[str, str] = {
     "amsgrad": "there is no AMSGrad variant; drop it",
@@ -64,7 +71,7 @@ INSTEAD: dict[str, str] = {
     "skip_zeros": "drop it",
     "is_paged": "drop it: moments are not paged",
     "bf16_stochastic_round": 'low_precision_update="stochastic", which is the default',
-    "master_weight_bits": 'low_precision_update="nearest" or "stochastic"',
+    "master_weight_bits": 'low_precision_update="split" with master_bits=24 or 32',
     "correct_bias": "drop it: moments are always bias-corrected",
 }
 """Keywords of other optimizers and what to use here."""
@@ -112,6 +119,11 @@ def normalised(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in NOT_YET and not _is_neutral(name, value)}
 
 
+def completed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the settings that an earlier version did not have."""
+    return {**group, **{name: value for name, value in SINCE.items() if name not in group}}
+
+
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Check every setting of a param group.
 
@@ -129,6 +141,11 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     _check_betas(group["betas"], where)
     for name, accepted in CHOICES.items():
         _check_choice(name, group[name], accepted, where)
+    if group["master_bits"] != 32 and group["low_precision_update"] != "split":
+        raise ValueError(
+            f"{where}: master_bits is {group['master_bits']!r} and low_precision_update "
+            f"{group['low_precision_update']!r}; accepted: 32, and 24 with low_precision_update='split'"
+        )
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise ValueError(f"{where}: seed is {seed!r}; accepted: integers from 0 below 2**63")
@@ -200,7 +217,8 @@ def _check_betas(betas: object, where: str) -> None:
 
 def _check_choice(name: str, value: object, accepted: tuple[object, ...], where: str) -> None:
     # `in` alone would take 1 for True.
-    if any(value is choice or (isinstance(value, str) and value == choice) for choice in accepted):
+    comparable = isinstance(value, str) or type(value) is int
+    if any(value is choice or (comparable and not isinstance(choice, bool) and value == choice) for choice in accepted):
         return
     known = " (planned, not in this version)" if isinstance(value, str) and value in LATER.get(name, ()) else ""
     raise ValueError(f"{where}: {name} is {value!r}{known}; accepted: {', '.join(map(repr, accepted))}")

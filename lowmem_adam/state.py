@@ -9,18 +9,47 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.kernels.fragment import CodedMoments, FullMoments
+from lowmem_adam.kernels.rounding import CORRECTIONS
 from lowmem_adam.layout import Layout, is_coded
 from lowmem_adam.local import Span, is_dtensor, like, local, place_of
+from lowmem_adam.shard import read
 
 CODED_KEYS = ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")
 METADATA_KEYS = ("block_floor", "block_span")
 """Those with an entry a block; all others but ``step`` have one an element."""
 FULL_KEYS = ("exp_avg", "exp_avg_sq")
+MASTER_KEYS = {torch.float32: "master_weight", **dict.fromkeys(CORRECTIONS, "weight_correction")}
+"""What is kept of a weight beside a 16-bit parameter, by its dtype: under which name."""
 
 
 def keeps_codes(shape: Sequence[int], moments: str) -> bool:
     """Whether a parameter of this global shape keeps 8-bit codes in a group with this ``moments`` setting."""
     return moments == "8bit" and is_coded(shape)
+
+
+def master_dtype(dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype | None:
+    """As what is kept, beside a parameter of a dtype, what it cannot hold of its weight; None for nothing.
+
+    Args:
+        dtype: of the parameter.
+        group: has the settings ``low_precision_update`` and ``master_bits``.
+    """
+    if dtype == torch.float32:
+        return None
+    if group["low_precision_update"] == "fp32":
+        return torch.float32
+    if group["low_precision_update"] == "split":
+        return torch.int16 if group["master_bits"] == 32 else torch.int8
+    return None
+
+
+def master_of(state: Mapping[str, Any]) -> Tensor | None:
+    """What a parameter's state keeps of its weight; None for nothing, or where it is no tensor that a step writes."""
+    for dtype, key in MASTER_KEYS.items():
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dtype == dtype:
+            return value
+    return None
 
 
 def entries(name: str, layout: Layout, span: Span) -> Span:
@@ -29,9 +58,9 @@ def entries(name: str, layout: Layout, span: Span) -> Span:
 
 
 def expected_tensors(
-    shape: Sequence[int], moments: str, span: Span | None = None
+    shape: Sequence[int], moments: str, span: Span | None = None, master: torch.dtype | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in a parameter's state, ``step`` included.
+    """Shape and dtype of every tensor in a parameter's state, ``step`` included; ``master`` as of ``master_dtype``.
 
     Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0. Of a
     part of the parameter, told by its span, all are flat; of no block at all they are empty.
@@ -51,26 +80,45 @@ def expected_tensors(
     else:
         tensors["exp_avg"] = (elements, torch.float32)
         tensors["exp_avg_sq"] = (elements, torch.float32)
+    if master is not None:
+        tensors[MASTER_KEYS[master]] = (elements, master)
     return tensors
 
 
-def new_state(param: Tensor, moments: str, span: Span | None = None) -> dict[str, Tensor]:
+def new_state(
+    param: Tensor, moments: str, span: Span | None = None, master: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU.
 
-    Of a DTensor all but ``step`` are DTensors placed like it.
+    A master weight is the parameter, and so is a weight whose correction is zero. Of a DTensor all but ``step`` are
+    DTensors placed like it.
     """
-    expected = expected_tensors(param.shape, moments, None if is_dtensor(param) else span)
-    state = {}
-    for name, (shape, dtype) in expected.items():
-        if name == "step":
-            state[name] = torch.zeros(shape, dtype=dtype)
-        elif is_dtensor(param):
-            by_block = name in METADATA_KEYS
-            part = torch.zeros(_local_shape(param, by_block), dtype=dtype, device=param.device)
-            state[name] = like(param, part, shape, by_block=by_block)
-        else:
-            state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
-    return state
+    span = None if is_dtensor(param) else span
+    expected = expected_tensors(param.shape, moments, span, master)
+    return {name: _new_tensor(name, param, shape, dtype, span) for name, (shape, dtype) in expected.items()}
+
+
+def refit_master(state: dict[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None) -> None:
+    """Drop what is kept of the weight, where the setting of that has changed, and begin anew with the parameter."""
+    for key in MASTER_KEYS.values():
+        state.pop(key, None)
+    if master is not None:
+        part = None if is_dtensor(param) else span
+        name = MASTER_KEYS[master]
+        shape, dtype = expected_tensors(param.shape, "32bit", part, master)[name]
+        state[name] = _new_tensor(name, param, shape, dtype, part)
+
+
+def _new_tensor(name: str, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype, span: Span | None) -> Tensor:
+    if name == "step":
+        return torch.zeros(shape, dtype=dtype)
+    by_block = name in METADATA_KEYS
+    part = torch.zeros(_local_shape(param, by_block) if is_dtensor(param) else shape, dtype=dtype, device=param.device)
+    if name == MASTER_KEYS[torch.float32]:
+        held, layout = local(param), Layout.of(param.shape)
+        low, high = entries(name, layout, (0, layout.n_blocks) if span is None else span)
+        part.view(-1).copy_(held.detach().reshape(-1) if is_dtensor(param) else read(held, low, high))
+    return like(param, part, shape, by_block=by_block)
 
 
 def _local_shape(param: Tensor, by_block: bool) -> tuple[int, ...]:
@@ -98,17 +146,23 @@ def part_of(state: Mapping[str, Any], shape: Sequence[int], span: Span) -> dict[
 
 
 def check_state(
-    state: Mapping[str, Any], shape: Sequence[int], moments: str, label: str, span: Span | None = None
+    state: Mapping[str, Any],
+    shape: Sequence[int],
+    moments: str,
+    label: str,
+    span: Span | None = None,
+    master: torch.dtype | None = None,
 ) -> None:
-    """Check that a parameter's state has the tensors that its shape, its group's ``moments`` and its span call for.
+    """Check that a parameter's state has the tensors that its shape, its group's settings and its span call for.
 
     Raises:
         ValueError: names ``label``, what is there and what is accepted.
     """
-    expected = expected_tensors(shape, moments, span)
+    expected = expected_tensors(shape, moments, span, master)
     if set(state) != set(expected):
+        kept = "" if master is None else f" and low_precision_update keeps {MASTER_KEYS[master]} ({master})"
         raise ValueError(
-            f"{label} of shape {tuple(shape)}, where moments is {moments!r}, has state {sorted(state)}; "
+            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state {sorted(state)}; "
             f"accepted: {sorted(expected)}"
         )
     for key, (wanted_shape, dtype) in expected.items():

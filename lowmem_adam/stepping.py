@@ -18,7 +18,7 @@ from lowmem_adam.kernels.fragment import StepScalars, Work
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Gather, Partition, Piece, read, write
-from lowmem_adam.state import new_state
+from lowmem_adam.state import MASTER_KEYS, check_state, master_dtype, master_of, new_state, refit_master
 
 
 class Task(NamedTuple):
@@ -27,12 +27,14 @@ class Task(NamedTuple):
     param: Tensor
     grad: Tensor
     moments: str
+    master: torch.dtype | None
     backend: str
     scalars: StepScalars
     label: str
     state: Mapping[str, Tensor] | None
-    """None before its first step, as is ``prepared``."""
+    """None before its first step."""
     prepared: Prepared | None
+    """None before its first step, and where the state keeps another rest of the weight than the group now asks for."""
 
 
 class Stepper:
@@ -88,7 +90,8 @@ class Stepper:
                 if grad is None:
                     continue
                 label = label_of(group, group_index, index)
-                state, prepared = self._checked_state(param, grad, states, group["moments"], partition, label)
+                master = master_dtype(param.dtype, group)
+                state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
                 if param.device not in backends:
                     backends[param.device] = kernels.choose(group["backend"], param.device)
                 grad = local_gradient(param, grad)
@@ -97,13 +100,13 @@ class Stepper:
                 step = int(state["step"]) + 1 if state else 1
                 if step not in records:
                     records[step] = _scalars(group, lr, step, grad_factor, label)
-                backend = backends[param.device]
-                tasks.append(Task(param, grad, group["moments"], backend, records[step], label, state, prepared))
+                told = (group["moments"], master, backends[param.device], records[step], label)
+                tasks.append(Task(param, grad, *told, state, prepared))
         return tasks
 
     def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
         """Check the settings of a group, unless they are the very objects of the last step."""
-        values = (len(group), *[group.get(name) for name in settings.REQUIRED], group.get("backend"))
+        values = (len(group), *[group.get(name) for name in settings.ALL], group.get("backend"))
         known = self._checked.get(group_index, ())
         changeable = isinstance(group["lr"], Tensor) or not isinstance(group["betas"], tuple)
         if changeable or len(known) != len(values) or any(map(operator.is_not, values, known)):
@@ -116,6 +119,7 @@ class Stepper:
         grad: Tensor,
         states: Mapping[Tensor, dict[str, Tensor]],
         moments: str,
+        master: torch.dtype | None,
         partition: Partition,
         label: str,
     ) -> tuple[Mapping[str, Tensor] | None, Prepared | None]:
@@ -123,7 +127,7 @@ class Stepper:
         # Not states[param], which would leave an empty entry behind.
         state: dict[str, Tensor] | None = states.get(param) or None
         prepared = self._prepared.get(param)
-        known = state is not None and prepared is not None and prepared.fits(param, state, moments)
+        known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
         if not known:
             inputs.check_param(param, label)
             if is_dtensor(param):
@@ -133,8 +137,13 @@ class Stepper:
         if not known:
             self._prepared.pop(param, None)
             prepared = None
-            if state is not None:
-                prepared = self._prepared[param] = _prepared(param, state, moments, label, partition)
+            if state is not None and not _keeps_another(state, master):
+                prepared = self._prepared[param] = _prepared(param, state, moments, label, partition, master)
+            elif state is not None:
+                held = master_of(state)
+                span = None if is_dtensor(param) else partition.span(param)
+                check_state(state, param.shape, moments, label, span, None if held is None else held.dtype)
+                inputs.check_devices(state, param, label)
         return state, prepared
 
     # ---------------------------------------------------------------- state
@@ -144,15 +153,22 @@ class Stepper:
     ) -> list[Task]:
         """Zero moments of this rank's blocks for parameters that get their first gradient.
 
+        Of others, where ``low_precision_update`` or ``master_bits`` has changed, what is kept of the weight.
+
         Returns:
             The tasks, each with its state.
         """
         complete = []
         for task in tasks:
             if task.prepared is None:
-                param = task.param
-                state = states[param] = new_state(param, task.moments, partition.span(param))
-                prepared = self._prepared[param] = _prepared(param, state, task.moments, task.label, partition)
+                param, master = task.param, task.master
+                if task.state is None:
+                    states[param] = new_state(param, task.moments, partition.span(param), master)
+                else:
+                    refit_master(states[param], param, partition.span(param), master)
+                state = states[param]
+                prepared = _prepared(param, state, task.moments, task.label, partition, master)
+                self._prepared[param] = prepared
                 task = task._replace(state=state, prepared=prepared)
             complete.append(task)
         return complete
@@ -205,8 +221,23 @@ class Stepper:
             write(piece.param, piece.start, piece.stop, values)
 
 
-def _prepared(param: Tensor, state: Mapping[str, Tensor], moments: str, label: str, partition: Partition) -> Prepared:
-    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param))
+def _keeps_another(state: Mapping[str, Tensor], master: torch.dtype | None) -> bool:
+    """Whether state keeps another rest of the weight than its group asks for; a step makes that good."""
+    held = master_of(state)
+    if held is None:
+        return master is not None and not any(key in state for key in MASTER_KEYS.values())
+    return held.dtype is not master
+
+
+def _prepared(
+    param: Tensor,
+    state: Mapping[str, Tensor],
+    moments: str,
+    label: str,
+    partition: Partition,
+    master: torch.dtype | None,
+) -> Prepared:
+    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param), master)
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> str:

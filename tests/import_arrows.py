@@ -24,6 +24,7 @@ RANKS = {
     "resharding": 3,
     "reduction": 3,
     "saving": 3,
+    "master": 3,
     "offload": 3,
     "saved_state": 3,
     "foreign": 3,

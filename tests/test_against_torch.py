@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowmem_adam import Adam8bit, AdamW8bit
-from lowmem_adam.kernels import reference
+from lowmem_adam.kernels import rounding
 from tests.cases import Shape, assert_same_bits, bits, generator, gradient, make_params
 from tests.oracle import TextbookAdam
 
@@ -198,9 +198,9 @@ def test_without_gradient_and_decay_every_value_keeps_its_bits(
 def test_stochastic_rounding_keeps_every_value_that_needs_none(dtype: torch.dtype, word: int) -> None:
     values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     values = values[values.isfinite()]
-    rounding = reference.stochastic_bfloat16 if dtype == torch.bfloat16 else reference.stochastic_float16
+    round_ = rounding.stochastic_bfloat16 if dtype == torch.bfloat16 else rounding.stochastic_float16
     wide = values.float()
-    assert_same_bits(rounding(wide, torch.full(wide.shape, word, dtype=torch.int32)), values)
+    assert_same_bits(round_(wide, torch.full(wide.shape, word, dtype=torch.int32)), values)
 
 
 @pytest.mark.parametrize("moments", ["8bit", "32bit"])

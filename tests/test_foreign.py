@@ -206,6 +206,7 @@ def test_settings_come_from_the_file_and_what_it_does_not_have_from_the_optimize
         "param_names": names,
         "moments": "8bit",
         "low_precision_update": "nearest",
+        "master_bits": 32,
         "nonfinite": "skip",
         "seed": 3,
         "backend": None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import codec
-from lowmem_adam.kernels import BACKENDS, choose, reference
+from lowmem_adam.kernels import BACKENDS, choose, reference, rounding
 from lowmem_adam.kernels.fragment import Fragment, StepScalars
 from lowmem_adam.layout import Layout, Tile
 from lowmem_adam.state import moments_of, new_state
@@ -167,7 +167,7 @@ def test_square_roots_are_correctly_rounded() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "round_", "bits"),
-    [(torch.bfloat16, reference.stochastic_bfloat16, 16), (torch.float16, reference.stochastic_float16, 13)],
+    [(torch.bfloat16, rounding.stochastic_bfloat16, 16), (torch.float16, rounding.stochastic_float16, 13)],
 )
 def test_stochastic_rounding_takes_a_neighbour_with_the_right_probability(
     dtype: torch.dtype, round_: Any, bits: int
@@ -193,12 +193,12 @@ def test_stochastic_rounding_takes_a_neighbour_with_the_right_probability(
 def test_stochastic_rounding_at_the_edges_of_float16() -> None:
     words = torch.arange(0, 65536, 8, dtype=torch.int32)
     below = torch.full((len(words),), 3.3 * 2.0**-24)
-    rounded = reference.stochastic_float16(below, words).double()
+    rounded = rounding.stochastic_float16(below, words).double()
     assert set((rounded * 2**24).tolist()) == {3.0, 4.0}
     assert rounded.mean().item() * 2**24 == pytest.approx(3.3, abs=1e-3)
     for x in (torch.inf, -torch.inf, 1e6, -1e6):
-        assert (reference.stochastic_float16(torch.full((4,), x), words[:4]) == math.copysign(torch.inf, x)).all()
-    for round_ in (reference.stochastic_float16, reference.stochastic_bfloat16):
+        assert (rounding.stochastic_float16(torch.full((4,), x), words[:4]) == math.copysign(torch.inf, x)).all()
+    for round_ in (rounding.stochastic_float16, rounding.stochastic_bfloat16):
         assert round_(torch.full((4,), torch.nan), words[-4:]).isnan().all()
         assert (round_(torch.full((4,), -torch.inf), words[-4:]) == -torch.inf).all()
 

@@ -21,7 +21,7 @@ from lowmem_adam.foreign.moments import SHARED_SETTINGS, Format, coded_state
 FORMATS: dict[str, Format] = {"torch": of_torch.FORMAT, "bitsandbytes": of_bitsandbytes.FORMAT}
 """Whose state is read and written, beside our own."""
 
-OWN_SETTINGS = (*settings.REQUIRED, "backend", "decoupled_weight_decay", "format_version")
+OWN_SETTINGS = (*settings.ALL, "backend", "decoupled_weight_decay", "format_version")
 
 
 def kind_of(state_dict: Any) -> str:
@@ -55,7 +55,7 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     lr, betas, eps, weight_decay, maximize, and whatever others left in the groups, such as a scheduler's
     ``initial_lr``, come from the saved state as in a load of our own; settings that it does not have come from
     ``groups``. Moments of parameters that keep codes are coded to nearest, the others become fp32, both in row-major
-    order, on the device where they are.
+    order, on the device where they are. What groups keep of the weights begins with the parameters: it is zero.
 
     Args:
         state_dict: as their ``state_dict()`` returns it, unsharded.
@@ -86,9 +86,9 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     own["state"] = {}
     for key, state in state_dict["state"].items():
         if state:  # an empty one is left behind where somebody read optimizer.state[param]
-            param, moments, label = owners[key]
+            param, moments, label, master = owners[key]
             source = form.read_state(state, param.shape, label)
-            own["state"][key] = coded_state(source, param.shape, moments, label)
+            own["state"][key] = coded_state(source, param.shape, moments, label, master)
     saved_state.check(own, groups)
     return own
 
@@ -100,7 +100,7 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
     moments in the parameter's dtype and strides, ``step`` as a float32 scalar (exact up to 2^24). From fp32, ``to_own``
     makes the same state again, every value bit for bit and the codes with it (but see ``moments.recovered_grid``; and a
     code of m beside a root of 0, which stands for 0 whatever it is, becomes that of 0), as long as v is 0 or a normal
-    number. 16 bits lose what torch's own moments lose.
+    number. 16 bits lose what torch's own moments lose. What is kept of weights beside 16-bit parameters is left out.
 
     ``"bitsandbytes"``: the nested form, which bitsandbytes reads from 0.49.2 on, for its Adam and AdamW classes alike,
     since they take the same step. Each parameter is in 8 bits as ``AdamW8bit`` has it, nearest values of the dynamic

@@ -102,13 +102,17 @@ def step_count(value: Any, label: str) -> Tensor:
 # ---------------------------------------------------------------- values to ours
 
 
-def coded_state(source: Source, shape: Sequence[int], moments: str, label: str) -> dict[str, Tensor]:
+def coded_state(
+    source: Source, shape: Sequence[int], moments: str, label: str, master: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Our state of a parameter of this shape in a group with this ``moments``, on the source's device.
+
+    A master weight or correction of zero: whatever the parameter is, the next step starts from it.
 
     Raises:
         ValueError: a value that is not finite, a negative second moment.
     """
-    expected = expected_tensors(shape, moments)
+    expected = expected_tensors(shape, moments, None, master)
     state = {key: torch.zeros(size, dtype=dtype, device=source.device) for key, (size, dtype) in expected.items()}
     state["step"] = source.step
     held = moments_of(state)

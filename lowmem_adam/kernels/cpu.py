@@ -236,7 +236,8 @@ class _Packed:
             # A view with the sign bit, such as the imaginary part of a conjugate, has other values than its memory.
             grad_tensor = fragment.grad.resolve_neg()
             grad = _Place(grad_tensor)
-            if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS or fragment.param.is_neg():
+            walkable = place.param.dims <= MAX_DIMS and grad.dims <= MAX_DIMS and not fragment.param.is_neg()
+            if not walkable or fragment.master is not None:
                 self.left_over.append(item)
                 continue
             self._kept += (place, grad, grad_tensor)

@@ -38,8 +38,11 @@ class Fragment(NamedTuple):
     blocks and nothing else, in row-major order of whatever strides. ``layout`` is that of the whole parameter, so
     that block ordinals, and with them every rounding decision, do not depend on how it was cut.
 
-    ``cache`` is the owner's, who hands over the same dictionary with the same ``param``, ``moments`` and blocks from
-    step to step: a backend may keep there what it found out about them. Without one it finds out each time.
+    ``cache`` is the owner's, who hands over the same dictionary with the same ``param``, ``moments``, ``master`` and
+    blocks from step to step: a backend may keep there what it found out about them. Without one it finds out each time.
+
+    ``master`` keeps what a 16-bit parameter cannot hold of its weight, contiguous, in the parameter's order: float32
+    for the weight itself, int16 or int8 for a correction, as ``rounding`` says.
     """
 
     param: Tensor
@@ -49,6 +52,7 @@ class Fragment(NamedTuple):
     first_block: int
     end_block: int
     cache: dict[str, Any] | None = None
+    master: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class StepScalars:
     """Factor of the gradient; 1 where there is none."""
     maximize: bool
     stochastic: bool
-    """Round a 16-bit parameter stochastically rather than to nearest."""
+    """Round a 16-bit parameter stochastically rather than to nearest, where it has no ``master``."""
     skip_nonfinite: bool
     """Leave blocks with a non-finite gradient as they are, and count them."""
     step: int

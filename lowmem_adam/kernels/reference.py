@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_adam import codec
+from lowmem_adam.kernels import rounding
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars, Work
 from lowmem_adam.layout import BLOCK_SIZE, Tile
 
@@ -49,17 +50,23 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
         dither = codec.Dither(tile, scalars.step, scalars.seed, device)
 
         gradient = to_blocks(grad.read(low, high).to(torch.float32), tile)
-        weight = to_blocks(param.read(low, high).to(torch.float32), tile)
+        old = to_blocks(param.read(low, high), tile)
+        master = None if fragment.master is None else fragment.master.view(-1)[low:high]
+        rest = None if master is None else to_blocks(master, tile)
+        weight = rounding.widen(old, rest)
         exp_avg, exp_avg_sq = load_moments(fragment.moments, tile, low, high, blocks)
         keep = _blocks_to_keep(gradient * scalars.grad_scale) if scalars.skip_nonfinite else None
         new_weight, new_exp_avg, new_exp_avg_sq, root = _adam(weight, gradient, exp_avg, exp_avg_sq, scalars)
 
-        stored = _round_weight(new_weight, fragment.param.dtype, dither, scalars.stochastic)
+        kind = None if master is None else master.dtype
+        stored, new_rest = rounding.narrow(new_weight, old.dtype, kind, dither, scalars.stochastic)
         if keep is not None:
             skipped += keep.sum()
-            # A low-precision weight is widened and rounded back exactly, so this restores it (a NaN stays some NaN).
-            stored = torch.where(keep, weight.to(stored.dtype), stored)
+            stored = torch.where(keep, old, stored)
+            new_rest = None if rest is None or new_rest is None else torch.where(keep, rest, new_rest)
         param.write(low, high, from_blocks(stored, tile))
+        if master is not None and new_rest is not None:
+            master.copy_(from_blocks(new_rest, tile))
         if isinstance(fragment.moments, CodedMoments):
             store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
         else:
@@ -104,39 +111,6 @@ def _blocks_to_keep(gradient: Tensor) -> Tensor | None:
     if gradient.device.type == "cpu" and not bool(keep.any()):
         return None
     return keep
-
-
-def _round_weight(weight: Tensor, dtype: torch.dtype, dither: codec.Dither, stochastic: bool) -> Tensor:
-    if dtype == torch.float32 or not stochastic:
-        return weight.to(dtype)
-    words = dither.update_words()
-    return stochastic_bfloat16(weight, words) if dtype == torch.bfloat16 else stochastic_float16(weight, words)
-
-
-def stochastic_bfloat16(weight: Tensor, words: Tensor) -> Tensor:
-    """Round float32 up or down to bfloat16, up in magnitude with probability of the part cut off.
-
-    ``words``: uniform integers in [0, 65536), int32, in the weight's shape. Infinities and NaN keep.
-    """
-    rounded = ((weight.view(torch.int32) + words) & -65536).view(torch.float32)
-    return _keep_nonfinite(rounded, weight).to(torch.bfloat16)
-
-
-def stochastic_float16(weight: Tensor, words: Tensor) -> Tensor:
-    """As ``stochastic_bfloat16`` for float16, with its fixed step of 2^-24 below 2^-14 and its overflow to infinity."""
-    # 13 of the 16 bits: as many as are cut off, and few enough that a weight float16 can hold stays what it is.
-    bits = ((weight.view(torch.int32) + (words >> 3)) & -8192).view(torch.float32)
-    magnitude = weight.abs()
-    below = ((magnitude * 2.0**24 + (words >> 3) * 2.0**-13).floor_() * 2.0**-24).copysign(weight)
-    rounded = torch.where(magnitude < 2.0**-14, below, bits)
-    return _keep_nonfinite(rounded, weight).to(torch.float16)
-
-
-def _keep_nonfinite(rounded: Tensor, weight: Tensor) -> Tensor:
-    """Take infinities and NaN from ``weight``: adding to their bits would make something else of them."""
-    if weight.device.type == "cpu" and bool((weight * 0.0).sum() == 0):
-        return rounded
-    return torch.where(weight.isfinite(), rounded, weight)
 
 
 class _FlatView:
