@@ -229,6 +229,13 @@ class Partition:
         other.world = World(self.world.rank, self.world.size, None)
         return other
 
+    def copied(self) -> Partition:
+        """The same, which stays as it is when this one grows."""
+        other = copy.copy(self)
+        other.buckets, other.loads = list(self.buckets), list(self.loads)
+        other._layouts, other._spans = dict(self._layouts), dict(self._spans)
+        return other
+
     def rejoin(self, world: World) -> None:
         """Take a process group again.
 
