@@ -62,15 +62,14 @@ def run_in_pair(index: int, jobs: Sequence[Job], folder: Path) -> None:
     torch.set_num_threads(1)
     job, rank = jobs[index // PAIR], index % PAIR
     place = folder / name_of(job)
-    dist.init_process_group(
-        "gloo",
-        init_method=(place / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=PAIR,
-        timeout=timedelta(seconds=10 * GROUP_SECONDS),
-    )
-    # Not before all are there: so many processes begin at once.
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=GROUP_SECONDS), dist.group.WORLD)
+    # The time limit counts from when both are there: so many processes begin at once.
+    (place / f"here_{rank}").touch()
+    deadline = time.monotonic() + 10 * GROUP_SECONDS
+    while not (place / f"here_{1 - rank}").exists():
+        assert time.monotonic() < deadline, "the other rank does not come"
+        time.sleep(0.01)
+    rendezvous, limit = (place / "rendezvous").as_uri(), timedelta(seconds=GROUP_SECONDS)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PAIR, timeout=limit)
     said = raised(lambda: job(rank, place))
     (place / f"unfinished_{rank}").write_text(said)
     (place / f"unfinished_{rank}").rename(place / f"said_{rank}")
