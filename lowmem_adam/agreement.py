@@ -15,7 +15,8 @@ from lowmem_adam import settings
 from lowmem_adam.shard import Partition, World, read
 
 MEETING_SECONDS = 300.0
-"""How long a rank waits for the others in ``state_dict()``; in a save one rank may be writing a model before."""
+"""How long a rank waits for the others in ``state_dict()`` and ``load_state_dict()``: one may be writing or
+reading a model before."""
 
 TILE = 1 << 18
 """Elements that are hashed at a time."""
@@ -32,6 +33,17 @@ def describe_settings(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             value = group[name]
             lines.append(f"param group {index}: {name} {value.tolist() if isinstance(value, Tensor) else value}")
     return lines
+
+
+def describe_saved(state_dict: Mapping[str, Any]) -> list[str]:
+    """A line for every setting and for every parameter's steps in a state_dict that is about to be loaded."""
+    steps = [
+        f"parameter {key}: {int(state_dict['state'][key]['step'])} steps"
+        for group in state_dict["param_groups"]
+        for key in group["params"]
+        if state_dict["state"].get(key)
+    ]
+    return [*describe_settings(state_dict["param_groups"]), *steps]
 
 
 def describe(
@@ -175,15 +187,17 @@ def _hash(param: Tensor) -> int:
 # ---------------------------------------------------------------- meeting
 
 
-def meet(lines: Sequence[str], world: World) -> None:
-    """Wait for all ranks to call ``state_dict()``; no collective is begun before they have.
+def meet(lines: Sequence[str], world: World, call: str, accepted: str) -> None:
+    """Wait for all ranks to come to the same call; no collective is begun before they have.
 
     All meet or none does. Ranks count themselves in at the process group's store: every ``world.size`` of them are a
     meeting, and the last one opens its door. One that has waited ``MEETING_SECONDS`` counts itself out again.
 
     Args:
-        lines: the optimizer's description, which tells it from others.
+        lines: what is met for, such as the optimizer's description, which tells it from others.
         world: the ranks.
+        call: names it in the error.
+        accepted: what the error says is to be done.
 
     Raises:
         RuntimeError: not all of them came.
@@ -204,8 +218,7 @@ def meet(lines: Sequence[str], world: World) -> None:
         store.add(f"{key}/arrived", 1)  # it was held after all
         return
     raise RuntimeError(
-        f"state_dict() of a sharded optimizer waited {MEETING_SECONDS:g} s for the other ranks; accepted: a call on "
-        "all ranks of shard_group, or consolidate_state_dict(to=rank) on all of them and then state_dict() on that rank"
+        f"{call} of a sharded optimizer waited {MEETING_SECONDS:g} s for the other ranks; accepted: {accepted}"
     )
 
 

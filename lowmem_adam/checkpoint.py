@@ -54,19 +54,22 @@ def _write(whole: dict[str, Any], target: Path) -> None:
 def load(opt: Adam8bit, path: str | os.PathLike[str]) -> None:
     """Load what ``save`` wrote, or another file that ``load_state_dict`` takes, on any number of ranks.
 
-    The file is mapped, so that a rank reads its own part of it.
+    The file is mapped, so that a rank reads its own part of it. Where the moments are sharded all ranks call it, each
+    with a path of its own if need be, and what one of them cannot load none loads.
 
     Raises:
         FileNotFoundError: there is no such file; PermissionError: it may not be read.
         ValueError: it is damaged or no checkpoint, or its state does not fit; nothing has changed then.
+        RuntimeError: another rank raises one of these; nothing has changed then.
     """
     try:
         state_dict: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        opt._refuse_load(error)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         # What torch says of a damaged file does not name it.
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error}; accepted: a whole file made by save") from error
+        words = f"{os.fspath(path)} cannot be read: {error}; accepted: a whole file made by save"
+        opt._refuse_load(ValueError(words))
     opt.load_state_dict(state_dict)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -93,7 +93,12 @@ class SavedOptimizer(torch.optim.Optimizer):
         if partition.world.size == 1:
             return super().state_dict()
         if self._consolidated is None:
-            agreement.meet(agreement.describe(self.param_groups, partition, self._steps_of), partition.world)
+            accepted = (
+                "a call on all ranks of shard_group, or consolidate_state_dict(to=rank) on all of them and then "
+                "state_dict() on that rank"
+            )
+            lines = agreement.describe(self.param_groups, partition, self._steps_of)
+            agreement.meet(lines, partition.world, "state_dict()", accepted)
             settings = agreement.describe_settings(self.param_groups)
             agreement.agree(settings, partition.world)
             return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
@@ -196,27 +201,27 @@ class SavedOptimizer(torch.optim.Optimizer):
         Also state of torch's Adam and AdamW, and of bitsandbytes' in 8 and 32 bits, of the same parameters.
 
         Settings of the param groups come from the saved state, except ``backend``, which is the machine's. A sharded
-        optimizer takes its part of a whole state, whatever number of ranks has saved it.
+        optimizer takes its part of a whole state, whatever number of ranks has saved it; all ranks call it, and what
+        one of them refuses none loads.
 
         Raises:
             ValueError: state that does not fit, see ``saved_state.check`` and ``foreign.to_own``; nothing has changed
                 then.
+            RuntimeError: of a sharded optimizer: another rank refuses its state, ranks were given state of different
+                steps or settings, or not all of them called it within five minutes; nothing has changed then.
         """
         held = {param: dict(state) for param, state in self.state.items()}
         given_away: set[int] = set()
 
         def check_and_seal(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            given = foreign.to_own(given, self.param_groups)
-            partition = self._cut(resharding.has_state(given, self.param_groups))
-            own = resharding.local_state(given, self.param_groups, partition, given_away)
-            return saved_state.seal(own, self.param_groups)
+            return saved_state.seal(self._own_part(given, given_away), self.param_groups)
 
         def unseal(_: torch.optim.Optimizer) -> None:
             saved_state.unseal(self.state, held, given_away)
 
         # As hooks, so that the user's own hooks see plain tensors on both sides.
         if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it
-            saved_state.check(state_dict, self.param_groups)
+            self._own_part(state_dict, given_away)
         before = self.register_load_state_dict_pre_hook(check_and_seal)
         after = self.register_load_state_dict_post_hook(unseal, prepend=True)
         try:
@@ -226,3 +231,38 @@ class SavedOptimizer(torch.optim.Optimizer):
             after.remove()
         self._consolidated = None
         self._agreed = False
+
+    def _own_part(self, given: Any, given_away: set[int]) -> dict[str, Any]:
+        """This rank's part of what is to be loaded, checked here and by all other ranks."""
+        before = (self._partition and self._partition.copied(), self._known, self._agreed)
+        try:
+            try:
+                saved_state.check_form(given)
+                given = foreign.to_own(given, self.param_groups)
+                partition = self._cut(resharding.has_state(given, self.param_groups))
+                own = resharding.local_state(given, self.param_groups, partition, given_away)
+            except Exception as error:
+                self._refuse_load(error)
+                raise
+            if partition.world.size > 1:
+                _meet_to_load(partition.world)
+                agreement.agree(agreement.describe_saved(own), partition.world)
+            return own
+        except BaseException:
+            self._partition, self._known, self._agreed = before
+            raise
+
+    def _refuse_load(self, refusal: Exception) -> NoReturn:
+        """Raise ``refusal``, after the other ranks, which are about to load, have been told of it."""
+        try:
+            world = World.of(self._shard_group)
+            if world.size > 1:
+                _meet_to_load(world)
+        except (RuntimeError, ValueError):  # there is nobody to tell
+            raise refusal from None
+        agreement.agree([], world, refusal)
+        raise AssertionError("agree raises what it is given")
+
+
+def _meet_to_load(world: World) -> None:
+    agreement.meet(["load"], world, "load_state_dict()", "a call on all ranks of shard_group")

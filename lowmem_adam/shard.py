@@ -229,6 +229,13 @@ class Partition:
         other.world = World(self.world.rank, self.world.size, None)
         return other
 
+    def copied(self) -> Partition:
+        """The same, which stays as it is when this one grows."""
+        other = copy.copy(self)
+        other.buckets, other.loads = list(self.buckets), list(self.loads)
+        other._layouts, other._spans = dict(self._layouts), dict(self._spans)
+        return other
+
     def rejoin(self, world: World) -> None:
         """Take a process group again.
 
@@ -353,7 +360,18 @@ class Gather:
                 self._send(buffer, owner, world)
 
     def _send(self, buffer: Tensor, owner: int, world: World) -> None:
-        self._works.append(dist.broadcast(buffer, group=world.group, group_src=owner, async_op=True))
+        """From its owner to all others.
+
+        gloo has two threads for collectives, and each broadcast is a task of one; messages from one rank to another are
+        left to the connection itself. Bytes are the same.
+        """
+        if buffer.device.type != "cpu":
+            self._works.append(dist.broadcast(buffer, group=world.group, group_src=owner, async_op=True))
+        elif owner == world.rank:
+            others = [rank for rank in range(world.size) if rank != owner]
+            self._works += [dist.isend(buffer, group=world.group, group_dst=rank) for rank in others]
+        else:
+            self._works.append(dist.irecv(buffer, group=world.group, group_src=owner))
 
     def wait(self) -> None:
         """Until all parameters of the bucket have arrived and lie in their places."""
