@@ -95,14 +95,14 @@ def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
         raise ValueError(f"{label} is on the meta device; accepted: a device that holds values")
 
 
-def check_devices(state: Mapping[str, Tensor], param: Tensor, label: str) -> None:
-    """Check that state lies on its parameter's device, and ``step`` on the CPU.
+def check_devices(state: Mapping[str, Tensor], home: torch.device, label: str) -> None:
+    """Check that state lies where it belongs, and ``step`` on the CPU.
 
     Raises:
         ValueError: a tensor elsewhere.
     """
     for key, tensor in state.items():
-        accepted = torch.device("cpu") if key == "step" else param.device
+        accepted = torch.device("cpu") if key == "step" else home
         if tensor.device != accepted:
             raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
 

@@ -13,11 +13,13 @@ from torch.optim.optimizer import ParamsT
 
 from lowmem_adam import agreement, inputs, kernels, local, master, reduction, resharding, settings
 from lowmem_adam.codec import FORMAT
+from lowmem_adam.offload import Offload, check_offload
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import memory_by_kind
-from lowmem_adam.stepping import Stepper, Task, label_of
+from lowmem_adam.stepping import Stepper, label_of
+from lowmem_adam.updating import Task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,8 +67,11 @@ class Adam8bit(SavedOptimizer):
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
             of them gives the same bits. Looked up at the first step, so ``"world"`` may come before
             ``init_process_group``.
-        bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``. Small
-            ones and those that do not lie in one run are sent in copies, of which all ranks' take no more than that.
+        offload: ``"cpu"`` keeps moments, and what ``low_precision_update`` keeps, on the host and steps there, while
+            parameters and gradients stay on their device. The next forward pass waits for the parameters by itself.
+        bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``, and
+            of each of the two pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
+            in one run are sent in copies, of which all ranks' take no more than that.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.
@@ -105,11 +110,13 @@ class Adam8bit(SavedOptimizer):
         seed: int = 0,
         backend: str | None = None,
         shard_group: Any = None,
+        offload: str | None = None,
         bucket_cap_mb: float = 64.0,
         **unsupported: object,
     ) -> None:
         settings.refuse_keywords(unsupported)
         check_shard_group(shard_group)
+        check_offload(offload)
         check_bucket_cap(bucket_cap_mb)
         defaults = {
             "lr": lr,
@@ -127,7 +134,7 @@ class Adam8bit(SavedOptimizer):
             "format_version": FORMAT.version,
         }
         settings.check_group(defaults, type(self).__name__)
-        self._reset(shard_group, bucket_cap_mb)
+        self._reset(shard_group, bucket_cap_mb, offload)
         super().__init__(params, settings.normalised(defaults))
 
     # ---------------------------------------------------------------- param groups
@@ -154,7 +161,7 @@ class Adam8bit(SavedOptimizer):
             given = [params] if isinstance(params, Tensor) else params
             inputs.check_params(given, self.param_groups, group["moments"], where)
             for param in (entry[1] if isinstance(entry, tuple) else entry for entry in given):
-                kernels.choose(group["backend"], param.device)
+                kernels.choose(group["backend"], self._stepper.home_of(param))
                 if self._shard_group is not None and local.is_dtensor(param):
                     raise ValueError(
                         f"{where} has DTensors, which are sharded already, and shard_group is {self._shard_group!r}; "
@@ -389,11 +396,12 @@ class Adam8bit(SavedOptimizer):
             "ranks": [total] if self._partition is None else resharding.bytes_by_rank(self.state, self._partition),
         }
 
-    def _reset(self, shard_group: Any, bucket_cap_mb: float) -> None:
+    def _reset(self, shard_group: Any, bucket_cap_mb: float, offload: str | None) -> None:
         self._shard_group = shard_group
         self._bucket_cap_mb = bucket_cap_mb
+        self._offload = offload
         self._partition = None
-        self._stepper = Stepper()
+        self._stepper = Stepper(Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None)
         self._known = ()
         self._reduced = None
         self._warned = False
@@ -423,7 +431,7 @@ class Adam8bit(SavedOptimizer):
                 f"an optimizer whose shard_group is a {type(self._shard_group).__name__} cannot be copied or pickled, "
                 "as that cannot; accepted: shard_group='world' or None, and state_dict() with any"
             )
-        kept = {name: self.__dict__[name] for name in ("_shard_group", "_bucket_cap_mb", "_warned")}
+        kept = {name: self.__dict__[name] for name in ("_shard_group", "_bucket_cap_mb", "_offload", "_warned")}
         partition = None if self._partition is None else self._partition.without_group()
         return {**super().__getstate__(), **kept, "_partition": partition, "_skipped": self._stepper.skipped}
 
@@ -431,7 +439,7 @@ class Adam8bit(SavedOptimizer):
         restored = dict(state)
         skipped = restored.pop("_skipped", {})
         if "_stepper" not in self.__dict__:
-            self._reset(None, 64.0)
+            self._reset(restored["_shard_group"], restored["_bucket_cap_mb"], restored["_offload"])
             self._stepper.skipped = skipped
         super().__setstate__(restored)
         for group in self.param_groups:

@@ -32,6 +32,7 @@ class Prepared:
         layout: numbers the parameter's blocks.
         span: those that lie here and that the state is of.
         master: as what the state keeps the rest of the weight, as ``state.master_dtype`` says.
+        home: where the state lies.
 
     Raises:
         ValueError: state that does not fit the parameter.
@@ -46,10 +47,10 @@ class Prepared:
         "_master",
         "_master_dtype",
         "_moments",
-        "_param",
         "_setting",
         "_span",
         "_tensors",
+        "param",
     )
 
     def __init__(
@@ -61,10 +62,11 @@ class Prepared:
         layout: Layout,
         span: Span,
         master: torch.dtype | None,
+        home: torch.device,
     ) -> None:
         check_state(state, param.shape, moments, label, None if is_dtensor(param) else span, master)
-        inputs.check_devices(state, param, label)
-        self._param = local(param).detach()
+        inputs.check_devices(state, home, label)
+        self.param = local(param).detach()
         # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
         self._addresses = _addresses(param, state)
         self._setting = moments
@@ -78,11 +80,11 @@ class Prepared:
         self._master_dtype = master
         self._layout = layout
         self._device = param.device
-        self._caches: dict[tuple[int, int], dict[str, Any]] = {}
+        self._caches: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def fits(self, param: Tensor, state: Mapping[str, Tensor], moments: str, master: torch.dtype | None) -> bool:
         """Whether nothing has changed but values."""
-        given, held, param = param, self._param, local(param)
+        given, held, param = param, self.param, local(param)
         return (
             param.dtype is held.dtype
             and param.shape == held.shape
@@ -105,18 +107,38 @@ class Prepared:
         if cache is None:
             cache = self._caches[key] = {}
         if key == self._all:
-            return Fragment(self._param, grad.detach(), self._moments, layout, *key, cache, self._master)
+            return Fragment(self.param, grad.detach(), self._moments, layout, *key, cache, self._master)
         start, stop = layout.block_start(first_block), layout.block_start(end_block)
         if "piece" in cache:
             param, moments, master = cache["piece"]
         else:
-            param = read(self._param, start, stop)
+            param = read(self.param, start, stop)
             moments, master = self._moments_between(first_block, end_block), self._master_between(start, stop)
-            if self._param.is_contiguous():
+            if self.param.is_contiguous():
                 cache["piece"] = (param, moments, master)
         # A copy lies elsewhere each time: nothing can be kept about it.
         kept = cache if "piece" in cache else None
         return Fragment(param, read(grad, start, stop), moments, layout, first_block, end_block, kept, master)
+
+    def elements(self, first_block: int, end_block: int) -> tuple[int, int]:
+        """Flat elements ``[start, stop)`` of ``param``, which is what lies here, that some blocks are."""
+        layout = self._layout
+        origin = layout.block_start(self._all[0])
+        return layout.block_start(first_block) - origin, layout.block_start(end_block) - origin
+
+    def fetched_fragment(self, param: Tensor, grad: Tensor, first_block: int, end_block: int) -> Fragment:
+        """As ``fragment``, of a parameter's and a gradient's elements on the host, which come to the same place there
+        from step to step or else are known anew.
+        """
+        key = (first_block, end_block, param.data_ptr())
+        cache = self._caches.get(key)
+        if cache is None:
+            layout = self._layout
+            start, stop = layout.block_start(first_block), layout.block_start(end_block)
+            held = (self._moments_between(first_block, end_block), self._master_between(start, stop))
+            cache = self._caches[key] = {"held": held}
+        moments, master = cache["held"]
+        return Fragment(param, grad, moments, self._layout, first_block, end_block, cache, master)
 
     def _master_between(self, start: int, stop: int) -> Tensor | None:
         if self._master is None:

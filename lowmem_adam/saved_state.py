@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.local import Span, is_dtensor, local
-from lowmem_adam.state import check_state, master_dtype
+from lowmem_adam.state import check_state, home_of, master_dtype
 
 MAX_STEP = 2**53
 """Steps are counted exactly in double, in which the bias corrections are computed."""
@@ -147,14 +147,20 @@ def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def unseal(states: Mapping[Tensor, dict[str, Any]], held: dict[Tensor, dict[str, Any]], given_away: set[int]) -> None:
-    """Unwrap in place: contiguous copies on the parameter's device, ``step`` on the CPU.
+def unseal(
+    states: Mapping[Tensor, dict[str, Any]],
+    held: dict[Tensor, dict[str, Any]],
+    given_away: set[int],
+    offload: str | None,
+) -> None:
+    """Unwrap in place: contiguous copies on the parameter's device or offloaded from it, ``step`` on the CPU.
 
     Args:
         states: the optimizer's state after torch's loader, by parameter.
         held: its state before, which is used up: so only one parameter's is there twice at a time. Tensors that come
             back as they were, or in their own memory, are not copied.
         given_away: addresses of tensors that nobody else has: they are kept.
+        offload: the optimizer's setting.
     """
     for param, state in states.items():
         before = held.pop(param, {})
@@ -165,7 +171,7 @@ def unseal(states: Mapping[Tensor, dict[str, Any]], held: dict[Tensor, dict[str,
             elif not is_dtensor(sealed.tensor) and sealed.tensor.data_ptr() in given_away:
                 state[key] = sealed.tensor
             else:
-                device = torch.device("cpu") if key == "step" else param.device
+                device = torch.device("cpu") if key == "step" else home_of(param, offload)
                 state[key] = sealed.tensor.to(device=device, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem_adam import agreement, foreign, local, resharding, saved_state
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
-from lowmem_adam.state import master_dtype, new_state, part_of
+from lowmem_adam.state import home_of, master_dtype, new_state, part_of
 
 
 class SavedOptimizer(torch.optim.Optimizer):
@@ -19,6 +19,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     _shard_group: Any = None
     _bucket_cap_mb = 64.0
+    _offload: str | None = None
     _partition: Partition | None = None
     _known: tuple[int, ...] = ()
     """The parameters that ``_cut`` has found nothing new about, by identity."""
@@ -171,7 +172,13 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     def _missing_state(self, partition: Partition) -> dict[Tensor, dict[str, Tensor]]:
         return {
-            param: new_state(param, group["moments"], partition.span(param), master_dtype(param.dtype, group))
+            param: new_state(
+                param,
+                group["moments"],
+                partition.span(param),
+                master_dtype(param.dtype, group),
+                home_of(param, self._offload),
+            )
             for group in self.param_groups
             for param in group["params"]
             if param in partition and not self.state.get(param)
@@ -217,7 +224,7 @@ class SavedOptimizer(torch.optim.Optimizer):
             return saved_state.seal(self._own_part(given, given_away), self.param_groups)
 
         def unseal(_: torch.optim.Optimizer) -> None:
-            saved_state.unseal(self.state, held, given_away)
+            saved_state.unseal(self.state, held, given_away, self._offload)
 
         # As hooks, so that the user's own hooks see plain tensors on both sides.
         if not isinstance(state_dict, Mapping):  # torch copies it before any hook can look at it

@@ -22,6 +22,7 @@ class Keywords(TypedDict, total=False):
     seed: int
     backend: str | None
     shard_group: Any
+    offload: str | None
     bucket_cap_mb: float
 
 
@@ -76,10 +77,7 @@ INSTEAD: dict[str, str] = {
 }
 """Keywords of other optimizers and what to use here."""
 
-NOT_YET = ("offload",)
-"""Keywords whose only accepted value in this version is None."""
-
-WHOLE = ("shard_group", "bucket_cap_mb")
+WHOLE = ("shard_group", "offload", "bucket_cap_mb")
 """Keywords of the whole optimizer: no setting of a param group."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -89,6 +87,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "capturable": (False,),
     "differentiable": (False,),
     "shard_group": (None,),
+    "offload": (None,),
 }
 """Values of torch's own keywords that ask for nothing: taken and forgotten, so that scripts need no change."""
 
@@ -98,13 +97,9 @@ def refuse_keywords(keywords: Mapping[str, object]) -> None:
 
     Raises:
         TypeError: a keyword that is not a setting of this optimizer; says what to use instead.
-        ValueError: a keyword of a later version with another value than None.
     """
     for name, value in keywords.items():
-        if name in NOT_YET:
-            if value is not None:
-                raise ValueError(f"{name} is {value!r}, which this version does not have yet; accepted: None")
-        elif not _is_neutral(name, value):
+        if not _is_neutral(name, value):
             raise TypeError(f"{name}={value!r} is not a setting of this optimizer; {INSTEAD.get(name, ACCEPTED)}")
 
 
@@ -116,7 +111,7 @@ def normalised(group: Mapping[str, Any]) -> dict[str, Any]:
             plain[name] = float(plain[name])
     plain["betas"] = (float(plain["betas"][0]), float(plain["betas"][1]))
     plain["seed"] = int(plain["seed"])
-    return {name: value for name, value in plain.items() if name not in NOT_YET and not _is_neutral(name, value)}
+    return {name: value for name, value in plain.items() if not _is_neutral(name, value)}
 
 
 def completed(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,11 +144,6 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise ValueError(f"{where}: seed is {seed!r}; accepted: integers from 0 below 2**63")
-    for name in NOT_YET:
-        if group.get(name) is not None:
-            raise ValueError(
-                f"{where}: {name} is {group[name]!r}, which this version does not have yet; accepted: None"
-            )
     for name in WHOLE:
         if name in group and not _is_neutral(name, group[name]):
             raise ValueError(

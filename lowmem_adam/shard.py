@@ -302,7 +302,7 @@ def _chunks(
             piece = Piece(param, layout, first, run.end_block)
             if ranks > 1:
                 weight = 1 if partition.sends_alone(piece) and room >= partition.alone_from else ranks
-                end = _end_within(layout, first, run.end_block, room // weight, param.element_size())
+                end = end_within(layout, first, run.end_block, room // weight, param.element_size())
                 if end == first and chunk:
                     yield chunk
                     chunk, room = [], partition.bucket_bytes
@@ -315,7 +315,7 @@ def _chunks(
         yield chunk
 
 
-def _end_within(layout: Layout, first: int, end: int, nbytes: int, element_size: int) -> int:
+def end_within(layout: Layout, first: int, end: int, nbytes: int, element_size: int) -> int:
     """The largest block number up to ``end`` so that blocks from ``first`` on take at most ``nbytes``."""
     limit = layout.block_start(first) + nbytes // element_size
     low, high = first, end

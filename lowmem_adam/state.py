@@ -85,20 +85,34 @@ def expected_tensors(
     return tensors
 
 
+def home_of(param: Tensor, offload: str | None) -> torch.device:
+    """Where a parameter's state lies: on its device, or on the host."""
+    return torch.device("cpu") if offload == "cpu" else param.device
+
+
 def new_state(
-    param: Tensor, moments: str, span: Span | None = None, master: torch.dtype | None = None
+    param: Tensor,
+    moments: str,
+    span: Span | None = None,
+    master: torch.dtype | None = None,
+    home: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """State before the first step: all moments zero, contiguous, on the parameter's device; ``step`` on the CPU.
+    """State before the first step: all moments zero, contiguous, at home; ``step`` on the CPU.
+
+    Home is the parameter's device unless told otherwise.
 
     A master weight is the parameter, and so is a weight whose correction is zero. Of a DTensor all but ``step`` are
     DTensors placed like it.
     """
     span = None if is_dtensor(param) else span
     expected = expected_tensors(param.shape, moments, span, master)
-    return {name: _new_tensor(name, param, shape, dtype, span) for name, (shape, dtype) in expected.items()}
+    home = param.device if home is None else home
+    return {name: _new_tensor(name, param, shape, dtype, span, home) for name, (shape, dtype) in expected.items()}
 
 
-def refit_master(state: dict[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None) -> None:
+def refit_master(
+    state: dict[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None, home: torch.device
+) -> None:
     """Drop what is kept of the weight, where the setting of that has changed, and begin anew with the parameter."""
     for key in MASTER_KEYS.values():
         state.pop(key, None)
@@ -106,14 +120,16 @@ def refit_master(state: dict[str, Tensor], param: Tensor, span: Span, master: to
         part = None if is_dtensor(param) else span
         name = MASTER_KEYS[master]
         shape, dtype = expected_tensors(param.shape, "32bit", part, master)[name]
-        state[name] = _new_tensor(name, param, shape, dtype, part)
+        state[name] = _new_tensor(name, param, shape, dtype, part, home)
 
 
-def _new_tensor(name: str, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype, span: Span | None) -> Tensor:
+def _new_tensor(
+    name: str, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype, span: Span | None, home: torch.device
+) -> Tensor:
     if name == "step":
         return torch.zeros(shape, dtype=dtype)
     by_block = name in METADATA_KEYS
-    part = torch.zeros(_local_shape(param, by_block) if is_dtensor(param) else shape, dtype=dtype, device=param.device)
+    part = torch.zeros(_local_shape(param, by_block) if is_dtensor(param) else shape, dtype=dtype, device=home)
     if name == MASTER_KEYS[torch.float32]:
         held, layout = local(param), Layout.of(param.shape)
         low, high = entries(name, layout, (0, layout.n_blocks) if span is None else span)

@@ -6,41 +6,28 @@ Works on an optimizer's param groups and state; keeps what it found out about th
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_adam import inputs, kernels, settings
-from lowmem_adam.kernels.fragment import StepScalars, Work
+from lowmem_adam import inputs, kernels, settings, updating
+from lowmem_adam.kernels.fragment import StepScalars
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
+from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
-from lowmem_adam.shard import Gather, Partition, Piece, read, write
-from lowmem_adam.state import MASTER_KEYS, check_state, master_dtype, master_of, new_state, refit_master
-
-
-class Task(NamedTuple):
-    """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here."""
-
-    param: Tensor
-    grad: Tensor
-    moments: str
-    master: torch.dtype | None
-    backend: str
-    scalars: StepScalars
-    label: str
-    state: Mapping[str, Tensor] | None
-    """None before its first step."""
-    prepared: Prepared | None
-    """None before its first step, and where the state keeps another rest of the weight than the group now asks for."""
+from lowmem_adam.shard import Partition, read
+from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of, new_state, refit_master
+from lowmem_adam.updating import Task
 
 
 class Stepper:
     """The phases in their order: ``check``, ``make_state``, ``update``."""
 
-    def __init__(self) -> None:
+    def __init__(self, offload: Offload | None) -> None:
+        self.offload = offload
+        """The way to the host; None where moments lie with their parameters."""
         self.skipped: dict[torch.device, Tensor | int] = {}
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
         self._prepared: dict[Tensor, Prepared] = {}
@@ -50,6 +37,10 @@ class Stepper:
         """Drop what can be found out again, so that tensors that were replaced do not stay in memory."""
         self._prepared.clear()
         self._checked.clear()
+
+    def home_of(self, param: Tensor) -> torch.device:
+        """Where a parameter's state lies and is stepped."""
+        return home_of(param, None if self.offload is None else "cpu")
 
     # ---------------------------------------------------------------- check
 
@@ -93,7 +84,7 @@ class Stepper:
                 master = master_dtype(param.dtype, group)
                 state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
                 if param.device not in backends:
-                    backends[param.device] = kernels.choose(group["backend"], param.device)
+                    backends[param.device] = kernels.choose(group["backend"], self.home_of(param))
                 grad = local_gradient(param, grad)
                 if group["nonfinite"] == "error":
                     _check_finite(param, grad, grad_factor, partition, label)
@@ -138,12 +129,14 @@ class Stepper:
             self._prepared.pop(param, None)
             prepared = None
             if state is not None and not _keeps_another(state, master):
-                prepared = self._prepared[param] = _prepared(param, state, moments, label, partition, master)
+                prepared = self._prepared[param] = _prepared(
+                    param, state, moments, label, partition, master, self.home_of(param)
+                )
             elif state is not None:
                 held = master_of(state)
                 span = None if is_dtensor(param) else partition.span(param)
                 check_state(state, param.shape, moments, label, span, None if held is None else held.dtype)
-                inputs.check_devices(state, param, label)
+                inputs.check_devices(state, self.home_of(param), label)
         return state, prepared
 
     # ---------------------------------------------------------------- state
@@ -161,13 +154,13 @@ class Stepper:
         complete = []
         for task in tasks:
             if task.prepared is None:
-                param, master = task.param, task.master
+                param, master, home = task.param, task.master, self.home_of(task.param)
                 if task.state is None:
-                    states[param] = new_state(param, task.moments, partition.span(param), master)
+                    states[param] = new_state(param, task.moments, partition.span(param), master, home)
                 else:
-                    refit_master(states[param], param, partition.span(param), master)
+                    refit_master(states[param], param, partition.span(param), master, home)
                 state = states[param]
-                prepared = _prepared(param, state, task.moments, task.label, partition, master)
+                prepared = _prepared(param, state, task.moments, task.label, partition, master, home)
                 self._prepared[param] = prepared
                 task = task._replace(state=state, prepared=prepared)
             complete.append(task)
@@ -179,46 +172,13 @@ class Stepper:
     # torch.compiler.disable it does not import the compiler together with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def update(self, tasks: Sequence[Task], partition: Partition) -> None:
-        """Step this rank's shard and gather everybody's, buckets' gathers beside the next ones' steps.
-
-        As many are on their way as the bytes of their copies allow. Every bucket is gathered, whatever has a gradient
-        here: ranks that disagree about that still send alike.
+        """Step this rank's shard and gather everybody's; see ``updating.update``.
 
         Args:
             tasks: complete ones.
             partition: who steps what.
         """
-        by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
-        world = partition.world
-        on_their_way: deque[tuple[Gather, int]] = deque()
-        for bucket in partition.buckets:
-            self._step(
-                [(piece, by_id[id(piece.param)]) for piece in bucket.pieces[world.rank] if id(piece.param) in by_id]
-            )
-            if world.size > 1:
-                while on_their_way and bucket.copied + sum(held for _, held in on_their_way) > partition.bucket_bytes:
-                    on_their_way.popleft()[0].wait()
-                on_their_way.append((Gather(bucket, partition), bucket.copied))
-        for gather, _ in on_their_way:
-            gather.wait()
-        for task in tasks:
-            assert task.state is not None
-            task.state["step"].fill_(task.scalars.step)
-
-    def _step(self, work: Sequence[tuple[Piece, Task]]) -> None:
-        calls: dict[tuple[str, torch.device], list[Work]] = {}
-        copies: list[tuple[Piece, Tensor]] = []
-        for piece, task in work:
-            assert task.prepared is not None
-            fragment = task.prepared.fragment(task.grad, piece.first_block, piece.end_block)
-            if fragment.cache is None:
-                copies.append((piece, fragment.param))
-            calls.setdefault((task.backend, task.param.device), []).append((fragment, task.scalars))
-        for (backend, device), fragments in calls.items():
-            skipped = kernels.BACKENDS[backend](fragments)
-            self.skipped[device] = self.skipped.get(device, 0) + skipped
-        for piece, values in copies:
-            write(piece.param, piece.start, piece.stop, values)
+        updating.update(tasks, partition, self.offload, self.skipped)
 
 
 def _keeps_another(state: Mapping[str, Tensor], master: torch.dtype | None) -> bool:
@@ -236,8 +196,9 @@ def _prepared(
     label: str,
     partition: Partition,
     master: torch.dtype | None,
+    home: torch.device,
 ) -> Prepared:
-    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param), master)
+    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param), master, home)
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> str:

@@ -21,6 +21,7 @@ RANKS = {
     "shard_tensor": 3,
     "agreement": 3,
     "stepping": 3,
+    "updating": 3,
     "resharding": 3,
     "reduction": 3,
     "saving": 3,

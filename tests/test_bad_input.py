@@ -170,7 +170,7 @@ def test_moments_of_a_running_parameter_cannot_change() -> None:
         ("shard_group", 2, ValueError, "accepted: None, 'world', a ProcessGroup"),
         ("bucket_cap_mb", 0, ValueError, "accepted: finite numbers above 0"),
         ("bucket_cap_mb", "64", ValueError, "accepted: finite numbers above 0"),
-        ("offload", "cpu", ValueError, "accepted: None"),
+        ("offload", "gpu", ValueError, "accepted: None, 'cpu'"),
     ],
 )
 @pytest.mark.parametrize("cls", CLASSES)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-from lowmem_adam import AdamW8bit, agreement, resharding, stepping
+from lowmem_adam import AdamW8bit, agreement, resharding, updating
 from lowmem_adam.shard import Gather
 from lowmem_adam.shard_tensor import ShardTensor
 from tests.cases import FEW, SHAPES, assert_same_bits, make_params, params_of, set_gradients
@@ -130,7 +130,7 @@ def saved(folder: Path) -> AdamW8bit:
 def in_step_job(rank: int, folder: Path) -> Any:
     opt = saved(folder)
     if rank == 1:
-        stepping.Stepper._step = dies_at(3, stepping.Stepper._step)  # type: ignore[method-assign]
+        updating._step = dies_at(3, updating._step)
     take(opt, range(SAVED, END))
 
 

@@ -1,0 +1,153 @@
+"""The last phase of a step: this rank's shard in one pass, by way of the host where that is where moments are.
+
+Work comes in stages. One is a bucket of the shard, or as much of it as fits into a buffer of the host's; while it is
+stepped the next one is on its way there, and what was stepped before is on its way back and to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_adam import kernels
+from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
+from lowmem_adam.offload import Offload, Part, Passage, in_chunks
+from lowmem_adam.prepared import Prepared
+from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
+
+
+class Task(NamedTuple):
+    """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here."""
+
+    param: Tensor
+    grad: Tensor
+    moments: str
+    master: torch.dtype | None
+    backend: str
+    scalars: StepScalars
+    label: str
+    state: Mapping[str, Tensor] | None
+    """None before its first step."""
+    prepared: Prepared | None
+    """None before its first step, and where the state keeps another rest of the weight than the group now asks for."""
+
+
+class Stage(NamedTuple):
+    """Pieces that are stepped at one time."""
+
+    work: Sequence[tuple[Piece, Task]]
+    passage: Passage | None
+    """Their way to the host and back; None where they are stepped where they lie."""
+    completes: Bucket | None
+    """The bucket that is to be gathered then."""
+
+
+Skipped = MutableMapping[torch.device, Tensor | int]
+"""Blocks left out for a non-finite gradient, by the device that counts them."""
+
+
+def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None, skipped: Skipped) -> None:
+    """Step this rank's shard and gather everybody's, buckets' gathers beside the next ones' steps.
+
+    As many are on their way as the bytes of their copies allow. Every bucket is gathered, whatever has a gradient here:
+    ranks that disagree about that still send alike.
+
+    Args:
+        tasks: complete ones.
+        partition: who steps what.
+        offload: the way to the host; None where moments lie with their parameters.
+        skipped: is added to.
+    """
+    world = partition.world
+    gathers: deque[tuple[Gather, int]] = deque()
+    if offload is not None:
+        offload.begin()
+    for stage in _one_ahead(_stages(tasks, partition, offload)):
+        _step(stage, skipped)
+        bucket = stage.completes
+        if bucket is not None and world.size > 1:
+            if offload is not None:
+                offload.join()
+            while gathers and bucket.copied + sum(held for _, held in gathers) > partition.bucket_bytes:
+                gathers.popleft()[0].wait()
+            gathers.append((Gather(bucket, partition), bucket.copied))
+    if offload is not None:
+        offload.join()
+    for gather, _ in gathers:
+        gather.wait()
+    for task in tasks:
+        assert task.state is not None
+        task.state["step"].fill_(task.scalars.step)
+
+
+def _stages(tasks: Sequence[Task], partition: Partition, offload: Offload | None) -> Iterator[Stage]:
+    """The stages of this rank's shard in order; those by way of the host are on their way when they are returned."""
+    by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
+    for bucket in partition.buckets:
+        here: list[tuple[Piece, Task]] = []
+        elsewhere: dict[torch.device, list[tuple[Piece, Task]]] = {}
+        for piece in bucket.pieces[partition.world.rank]:
+            task = by_id.get(id(piece.param))
+            if task is None:
+                continue
+            if offload is None or task.param.is_cpu:
+                here.append((piece, task))
+            else:
+                elsewhere.setdefault(task.param.device, []).append((piece, task))
+        for of_device in elsewhere.values():
+            assert offload is not None
+            yield from _by_way_of_host(of_device, offload)
+        yield Stage(here, None, bucket)
+
+
+def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload) -> Iterator[Stage]:
+    sizes = [(piece, task.param.element_size() + task.grad.element_size()) for piece, task in work]
+    for chunk in in_chunks(sizes, offload.buffer_bytes):
+        pieces = [(piece, work[index][1]) for index, piece in chunk]
+        yield Stage(pieces, offload.fetch([_part(piece, task) for piece, task in pieces]), None)
+
+
+def _part(piece: Piece, task: Task) -> Part:
+    assert task.prepared is not None
+    start, stop = task.prepared.elements(piece.first_block, piece.end_block)
+    return Part(task.prepared.param, task.grad.detach(), start, stop)
+
+
+def _one_ahead(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """Each after the next one has been begun."""
+    waiting: Stage | None = None
+    for stage in stages:
+        if waiting is not None:
+            yield waiting
+        waiting = stage
+    if waiting is not None:
+        yield waiting
+
+
+def _step(stage: Stage, skipped: Skipped) -> None:
+    calls: dict[tuple[str, torch.device], list[Work]] = {}
+    copies: list[tuple[Piece, Tensor]] = []
+    if stage.passage is not None:
+        stage.passage.wait()
+    for index, (piece, task) in enumerate(stage.work):
+        fragment = _fragment(piece, task, None if stage.passage is None else stage.passage.fetched[index])
+        if fragment.cache is None:
+            copies.append((piece, fragment.param))
+        calls.setdefault((task.backend, fragment.param.device), []).append((fragment, task.scalars))
+    for (backend, device), fragments in calls.items():
+        skipped[device] = skipped.get(device, 0) + kernels.BACKENDS[backend](fragments)
+    if stage.passage is not None:
+        stage.passage.send_back()
+    for piece, values in copies:
+        write(piece.param, piece.start, piece.stop, values)
+
+
+def _fragment(piece: Piece, task: Task, fetched: tuple[Tensor, Tensor] | None) -> Fragment:
+    assert task.prepared is not None
+    if fetched is None:
+        return task.prepared.fragment(task.grad, piece.first_block, piece.end_block)
+    return task.prepared.fetched_fragment(*fetched, piece.first_block, piece.end_block)
