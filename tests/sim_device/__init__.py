@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils import backend_registration
 
 NAME = "sim"
 """Of the device: ``torch.device("sim")``."""
@@ -52,7 +53,7 @@ class Mark(NamedTuple):
     time: float
 
 
-class SimUnavailable(RuntimeError):
+class SimUnavailableError(RuntimeError):
     """The device cannot be built here."""
 
 
@@ -79,17 +80,17 @@ def load() -> None:
     """Build the device where that is not done yet, and register it. Further calls do nothing.
 
     Raises:
-        SimUnavailable: there is no compiler, or what there is does not build it.
+        SimUnavailableError: there is no compiler, or what there is does not build it.
     """
     global _extension
     if _extension is not None:
         return
     if (reason := why_unavailable()) is not None:
-        raise SimUnavailable(reason)
-    torch.utils.rename_privateuse1_backend(NAME)
+        raise SimUnavailableError(reason)
+    backend_registration.rename_privateuse1_backend(NAME)
     _extension = _build()
     torch._register_device_module(NAME, _device_module())
-    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    backend_registration.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
     # Threads that still copy while the interpreter takes itself apart would crash it.
     atexit.register(_extension.shut_down)
 
@@ -117,7 +118,7 @@ def _build() -> Any:
                 build_directory=str(folder),
             )
         except (RuntimeError, OSError, ImportError) as error:
-            raise SimUnavailable(f"the simulated device could not be built: {error}") from error
+            raise SimUnavailableError(f"the simulated device could not be built: {error}") from error
 
 
 def _device_module() -> ModuleType:
@@ -261,7 +262,12 @@ def poisoned(tensor: torch.Tensor) -> bool:
 
     Reads what is there, and waits for nothing.
     """
-    return bool(_extension.poisoned(tensor.data_ptr(), tensor.nbytes))
+    return poisoned_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def poisoned_at(address: int, size: int) -> bool:
+    """The same of memory that may be freed. What was freed is kept up to the last 16 MiB of it."""
+    return bool(_extension.poisoned(address, size))
 
 
 def reset() -> None:
