@@ -7,32 +7,25 @@ from pathlib import Path
 import pytest
 
 from tests import sim_device
-from tests.sim_device import cases_device, cases_failing, cases_waits, running
+from tests.sim_device import cases_device, cases_failing, cases_races, cases_waits, running
 
 REASON = sim_device.why_unavailable()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
-@pytest.fixture(scope="module")
-def waits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return running.outcomes(cases_waits, tmp_path_factory.mktemp("waits") / "results.jsonl")
+MODULES = (cases_device, cases_waits, cases_races)
+CASES = [(module, name) for module in MODULES for name in running.cases_of(module)]
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return running.outcomes(cases_device, tmp_path_factory.mktemp("device") / "results.jsonl")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return running.outcomes(MODULES, tmp_path_factory.mktemp("sim") / "results.jsonl")
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("name", running.cases_of(cases_waits))
-def test_waits(waits: dict[str, str], name: str) -> None:
-    assert not waits[name], waits[name]
-
-
-@NEEDS_COMPILER
-@pytest.mark.parametrize("name", running.cases_of(cases_device))
-def test_device(device: dict[str, str], name: str) -> None:
-    assert not device[name], device[name]
+@pytest.mark.parametrize("case", [running.full_name(module, name) for module, name in CASES])
+def test_case(outcomes: dict[str, str], case: str) -> None:
+    assert not outcomes[case], outcomes[case]
 
 
 @pytest.mark.skipif(REASON is not None and "Linux" in REASON, reason="the simulated device is built on Linux only")
@@ -44,6 +37,6 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 @NEEDS_COMPILER
 def test_a_case_that_fails_or_ends_its_process_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"ended with status 7 before or in the case ends"):
-        running.outcomes(cases_failing, tmp_path / "results.jsonl")
+    with pytest.raises(AssertionError, match=r"ended with status 7 before or in the case cases_failing.ends"):
+        running.outcomes([cases_failing], tmp_path / "results.jsonl")
     assert "1 == 2" in (tmp_path / "results.jsonl").read_text()

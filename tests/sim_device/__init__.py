@@ -113,7 +113,7 @@ def _build() -> Any:
         try:
             return cpp_extension.load(
                 "lowmem_adam_sim",
-                [str(HERE / "engine.cpp"), str(HERE / "device.cpp")],
+                [str(HERE / f"{source}.cpp") for source in ("engine", "memory", "races", "device")],
                 extra_cflags=["-O1", "-std=c++20"],
                 build_directory=str(folder),
             )
@@ -218,6 +218,20 @@ def clear_log() -> None:
     _marks.clear()
 
 
+def races() -> list[str]:
+    """What two streams do to the same bytes in no order, a sentence each; empty where every wait is there.
+
+    Independent of ``hold``, of delays and of what happened to come first. Sees operators, copies and the freeing of
+    device memory, but not what the host itself does to pinned memory: that takes ``hold``. A strided tensor counts
+    as all from its first byte to its last.
+    """
+    return list(_extension.races())
+
+
+def clear_races() -> None:
+    _extension.clear_races()
+
+
 def device_bytes() -> int:
     """Allocated now; ``torch.accelerator.memory_allocated()`` says the same."""
     return int(_extension.memory(False)[0])
@@ -279,4 +293,5 @@ def reset() -> None:
     limit_pinned(None)
     torch.accelerator.synchronize()
     clear_log()
+    clear_races()
     reset_peaks()

@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include "engine.h"
+#include "races.h"
 
 namespace {
 
@@ -27,6 +28,7 @@ constexpr auto kSim = c10::DeviceType::PrivateUse1;
 
 thread_local int current_stream = sim::kDefaultStream;
 thread_local bool computing = false;  // within the fallback, whose copies are no copies over the bus
+thread_local const char* operation = "";
 
 int number(const c10::Stream& stream) { return static_cast<int>(stream.id()); }
 
@@ -155,7 +157,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
     c10::Device getDeviceFromPtr(void*) const override { return c10::Device(kSim, 0); }
     void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-        sim::synchronize_stream(current_stream);
+        sim::drain_stream(current_stream);
         c10::DataPtr data = device_memory.allocate(bytes);
         if (const size_t kept = std::min(bytes, storage.nbytes()); kept > 0) {
             std::memcpy(data.get(), storage.data(), kept);
@@ -180,10 +182,21 @@ void copy_now(const at::Tensor& to, const at::Tensor& from) {
     }
 }
 
-std::vector<sim::BlockPtr> blocks_of(const at::Tensor& to, const at::Tensor& from) {
+void note_access(const at::Tensor& tensor, const sim::BlockPtr& block, bool writes, const char* what) {
+    const size_t bytes = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize());
+    sim::note_access(current_stream, *block, tensor.const_data_ptr(), bytes, writes, what);
+}
+
+// The blocks that a copy uses, and the note that it does.
+std::vector<sim::BlockPtr> blocks_of(const at::Tensor& to, const at::Tensor& from, const char* what) {
     std::vector<sim::BlockPtr> blocks;
-    for (const at::Tensor* tensor : {&to, &from}) {
+    for (const at::Tensor* tensor : {&from, &to}) {
+        // The CPU's part of an operator may lie in pinned memory, but is no access of the device's.
+        if (computing && tensor->is_cpu()) {
+            continue;
+        }
         if (sim::BlockPtr block = sim::find(tensor->const_data_ptr())) {
+            note_access(*tensor, block, tensor == &to, what);
             blocks.push_back(std::move(block));
         }
     }
@@ -199,10 +212,13 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_bloc
     const bool to_device = to.device().type() == kSim;
     const bool from_device = from.device().type() == kSim;
     const at::Tensor target = on_host(to);
-    sim::Task task;
-    task.blocks = blocks_of(to, from);
-    if (to_device && from_device) {  // a kernel like any other
+    if (!computing) {
         sim::check_not_lost();
+    }
+    const char* const what = computing ? operation : !to_device ? "copy to the host" : !from_device ? "copy to the device" : "copy";
+    sim::Task task;
+    task.blocks = blocks_of(to, from, what);
+    if (to_device && from_device) {  // a kernel like any other
         task.run = [target, source = on_host(from)] { copy_now(target, source); };
         sim::submit(current_stream, std::move(task), true);
     } else if (computing && to_device) {
@@ -262,6 +278,9 @@ at::Tensor& set_storage(at::Tensor& self, c10::Storage source) {
 }
 
 at::Scalar local_scalar(const at::Tensor& self) {
+    if (const sim::BlockPtr block = sim::find(self.const_data_ptr())) {
+        note_access(self, block, false, "item");
+    }
     sim::synchronize_stream(current_stream);
     return on_host(self).item();
 }
@@ -274,15 +293,17 @@ void record_stream(at::Tensor& self, c10::Stream stream) {
 // written by the stream. So an operator whose stream should have waited for another reads what was there before,
 // and so does a stream that should have waited for this operator.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-    sim::synchronize_stream(current_stream);
-    const bool outer = std::exchange(computing, true);
-    try {
-        at::native::cpu_fallback(op, stack, true);
-    } catch (...) {
-        computing = outer;
-        throw;
-    }
-    computing = outer;
+    struct Computing {
+        const bool outer_computing;
+        const char* const outer_operation;
+        ~Computing() {
+            computing = outer_computing;
+            operation = outer_operation;
+        }
+    };
+    sim::drain_stream(current_stream);
+    const Computing restored{std::exchange(computing, true), std::exchange(operation, op.schema().name().c_str())};
+    at::native::cpu_fallback(op, stack, true);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
@@ -339,6 +360,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         }
         return copies;
     });
+    m.def("races", &sim::races);
+    m.def("clear_races", &sim::clear_races);
     m.def("memory", [](bool pinned) {
         const sim::Memory memory = sim::memory(pinned);
         return py::make_tuple(memory.current, memory.peak);

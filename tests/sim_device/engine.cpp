@@ -1,14 +1,12 @@
 #include "engine.h"
 
-#include <algorithm>
+#include "races.h"
+
 #include <array>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <limits>
-#include <map>
 #include <mutex>
 #include <random>
 #include <stdexcept>
@@ -17,8 +15,6 @@
 namespace sim {
 namespace {
 
-constexpr int kPoison = 0xFF;  // NaN in every floating-point format, -1 in every signed integer
-constexpr size_t kKept = 16 << 20;
 constexpr uint64_t kAll = std::numeric_limits<uint64_t>::max();
 
 struct Stream {
@@ -45,9 +41,6 @@ struct Engine {
     std::vector<Copy> log;
     int64_t copies_until_loss = -1;
 
-    std::map<const char*, BlockPtr> blocks;  // by address
-    std::array<Memory, 2> memories;          // of the device, pinned
-    int64_t pinned_limit = -1;
 };
 
 // Never destroyed: the streams' threads live as long as the process.
@@ -57,22 +50,6 @@ Engine& engine() {
 }
 
 using Lock = std::unique_lock<std::mutex>;
-
-// Memory that was freed and poisoned is kept a while: whoever still has its address reads the poison. Has a lock of
-// its own, since a block may end under the engine's.
-void keep_freed(void* data, size_t bytes) {
-    static std::mutex* const mutex = new std::mutex;
-    static auto* const kept = new std::deque<std::pair<void*, size_t>>;
-    static size_t total = 0;
-    const std::lock_guard<std::mutex> lock(*mutex);
-    kept->emplace_back(data, bytes);
-    total += bytes;
-    while (total > kKept) {
-        std::free(kept->front().first);
-        total -= kept->front().second;
-        kept->pop_front();
-    }
-}
 
 // Lets the stream run up to a task, and the others as far as that needs. What a stream may run never waits for what
 // another may not: that would be a deadlock.
@@ -140,8 +117,8 @@ void run_stream(int id) {
         stream.queue.pop_front();
         stream.running = false;
         e.changed.notify_all();
-        lock.unlock();  // a pinned block that ends here takes the lock
-        blocks.clear();
+        lock.unlock();
+        blocks.clear();  // what ends here is poisoned, which may take a while
         lock.lock();
     }
 }
@@ -194,17 +171,6 @@ bool has_work_on(const Stream& stream, const BlockPtr& block) {
     return false;
 }
 
-void count(Memory& memory, size_t bytes) {
-    memory.current += bytes;
-    memory.allocated += bytes;
-    memory.peak = std::max(memory.peak, memory.current);
-}
-
-void uncount(Memory& memory, size_t bytes) {
-    memory.current -= bytes;
-    memory.freed += bytes;
-}
-
 void throw_if_lost(const Engine& e) {
     if (e.copies_until_loss == 0) {
         throw std::runtime_error("sim: the device is lost");
@@ -214,17 +180,6 @@ void throw_if_lost(const Engine& e) {
 }  // namespace
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-// A pinned block ends when it is freed and no copy uses it any more: torch's own allocator of pinned memory does not
-// hand memory out again before that either.
-Block::~Block() {
-    std::memset(data, kPoison, bytes);
-    if (pinned) {
-        const std::lock_guard<std::mutex> lock(engine().mutex);
-        uncount(engine().memories[1], bytes);
-    }
-    keep_freed(data, bytes);
-}
 
 void submit(int id, Task task, bool at_once) {
     Engine& e = engine();
@@ -251,6 +206,7 @@ PointPtr record(int id) {
     Task task;
     task.reach = std::make_shared<Point>(Point{id, 0});
     PointPtr point = task.reach;
+    order_recorded(id, *point);
     submit(id, std::move(task), true);
     return point;
 }
@@ -258,6 +214,7 @@ PointPtr record(int id) {
 void wait_for(int id, const PointPtr& point) {
     Task task;
     task.wait = point;
+    order_stream_waits(id, *point);
     submit(id, std::move(task), true);
 }
 
@@ -267,6 +224,9 @@ bool reached(const PointPtr& point) {
     const Lock lock(e.mutex);
     throw_if_lost(e);
     const bool done = point->done;
+    if (done) {
+        order_host_waited(*point);
+    }
     allow(e, point->stream, point->sequence);
     return done;
 }
@@ -277,6 +237,7 @@ void synchronize(const PointPtr& point) {
     throw_if_lost(e);
     allow(e, point->stream, point->sequence);
     e.changed.wait(lock, [&] { return point->done; });
+    order_host_waited(*point);
     raise_error(e);
 }
 
@@ -286,11 +247,19 @@ bool stream_idle(int id) {
     throw_if_lost(e);
     const Stream& stream = e.streams[id];
     const bool idle = stream.completed >= stream.submitted;
+    if (idle) {
+        order_host_waited_for_stream(id);
+    }
     allow(e, id, stream.submitted);
     return idle;
 }
 
 void synchronize_stream(int id) {
+    drain_stream(id);
+    order_host_waited_for_stream(id);
+}
+
+void drain_stream(int id) {
     Engine& e = engine();
     Lock lock(e.mutex);
     throw_if_lost(e);
@@ -304,6 +273,7 @@ void synchronize_device() {
     throw_if_lost(e);
     for (int id = 0; id < kStreams; ++id) {
         drain(e, lock, id);
+        order_host_waited_for_stream(id);
     }
     raise_error(e);
 }
@@ -345,6 +315,7 @@ void submit_copy(int direction, size_t bytes, int id, bool blocking, Task task) 
     push(e, id, std::move(task));
     if (blocking) {
         drain(e, lock, id);
+        order_host_waited_for_stream(id);
         raise_error(e);
     }
 }
@@ -391,100 +362,28 @@ void check_not_lost() {
     throw_if_lost(e);
 }
 
-void* allocate(size_t bytes, bool pinned, int stream) {
-    Engine& e = engine();
-    const Lock lock(e.mutex);
-    Memory& memory = e.memories[pinned];
-    if (pinned && e.pinned_limit >= 0 && memory.current + bytes > static_cast<size_t>(e.pinned_limit)) {
-        throw std::runtime_error("sim: no pinned memory to be had: " + std::to_string(bytes) + " bytes asked for, " +
-                                 std::to_string(memory.current) + " of " + std::to_string(e.pinned_limit) + " in use");
-    }
-    constexpr size_t kAlignment = 64;
-    void* data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    if (data == nullptr) {
-        throw std::runtime_error("sim: out of memory");
-    }
-    std::memset(data, kPoison, bytes);
-    count(memory, bytes);
-    e.blocks[static_cast<char*>(data)] = BlockPtr(new Block{data, bytes, pinned, stream, {}});
-    return data;
-}
-
 // As with torch's caching allocators, device memory may be handed out again to the stream it was made on, after what
 // is queued there; other streams must be recorded. So that stream poisons it: at once, where it has nothing to do on it.
-void release(void* data) {
+void poison_in_order(const BlockPtr& block) {
     Engine& e = engine();
-    BlockPtr block;
-    Lock lock(e.mutex);
-    const auto found = e.blocks.find(static_cast<char*>(data));
-    block = std::move(found->second);
-    e.blocks.erase(found);
-    if (!block->pinned) {
-        uncount(e.memories[0], block->bytes);
-        bool queued = has_work_on(e.streams[block->stream], block);
-        for (const int id : block->recorded) {
-            if (has_work_on(e.streams[id], block)) {
-                Task wait;
-                wait.wait = push_point(e, id);
-                push(e, block->stream, std::move(wait));
-                queued = true;
-            }
-        }
-        if (queued) {
-            Task poison;
-            poison.run = [target = block.get()] { std::memset(target->data, kPoison, target->bytes); };
-            poison.blocks = {block};
-            push(e, block->stream, std::move(poison));
-        } else {
-            std::memset(block->data, kPoison, block->bytes);
+    const Lock lock(e.mutex);
+    bool queued = has_work_on(e.streams[block->stream], block);
+    for (const int id : block->recorded) {
+        if (has_work_on(e.streams[id], block)) {
+            Task wait;
+            wait.wait = push_point(e, id);
+            push(e, block->stream, std::move(wait));
+            queued = true;
         }
     }
-    lock.unlock();  // before the block ends, which takes the lock
-}
-
-BlockPtr find(const void* data) {
-    Engine& e = engine();
-    const Lock lock(e.mutex);
-    const char* const address = static_cast<const char*>(data);
-    auto next = e.blocks.upper_bound(address);
-    if (next == e.blocks.begin()) {
-        return nullptr;
+    if (!queued) {
+        poison(*block);
+        return;
     }
-    const BlockPtr& block = std::prev(next)->second;
-    return address < static_cast<char*>(block->data) + block->bytes ? block : nullptr;
-}
-
-void use_on(const BlockPtr& block, int stream) {
-    const Lock lock(engine().mutex);
-    block->recorded.insert(stream);
-}
-
-Memory memory(bool pinned) {
-    Engine& e = engine();
-    const Lock lock(e.mutex);
-    return e.memories[pinned];
-}
-
-void reset_peak(bool pinned) {
-    Engine& e = engine();
-    const Lock lock(e.mutex);
-    e.memories[pinned].peak = e.memories[pinned].current;
-}
-
-void set_pinned_limit(int64_t bytes) {
-    Engine& e = engine();
-    const Lock lock(e.mutex);
-    e.pinned_limit = bytes;
-}
-
-bool poisoned(uintptr_t data, size_t bytes) {
-    const unsigned char* const first = reinterpret_cast<const unsigned char*>(data);
-    for (size_t i = 0; i < bytes; ++i) {
-        if (first[i] != kPoison) {
-            return false;
-        }
-    }
-    return true;
+    Task task;
+    task.run = [target = block.get()] { poison(*target); };
+    task.blocks = {block};
+    push(e, block->stream, std::move(task));
 }
 
 void shut_down() {

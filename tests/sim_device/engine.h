@@ -1,6 +1,7 @@
 // The simulated device without torch's operators: streams, events, memory, delays and the log of copies.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -16,6 +17,18 @@ constexpr int kDefaultStream = 0;
 
 enum Direction { kToHost = 0, kToDevice = 1 };
 
+// How far each stream has come.
+using Clock = std::array<uint64_t, kStreams>;
+
+struct Access {
+    size_t begin;  // bytes within the block
+    size_t end;
+    int stream;
+    uint64_t time;  // on the stream's clock
+    bool writes;
+    const char* what;
+};
+
 // An allocation. Whoever still has work to do on it holds it, so that freed memory is poisoned but never unmapped
 // under a copy: a mistake shows as NaN in a tensor, not as a crash.
 struct Block {
@@ -24,6 +37,7 @@ struct Block {
     bool pinned;
     int stream;              // the current one where it was made
     std::set<int> recorded;  // further streams that use it, by Tensor.record_stream
+    std::vector<Access> accesses;  // see races.h
     ~Block();
 };
 using BlockPtr = std::shared_ptr<Block>;
@@ -34,6 +48,7 @@ struct Point {
     uint64_t sequence;
     bool done = false;
     double time = 0;
+    Clock clock = {};  // see races.h
 };
 using PointPtr = std::shared_ptr<Point>;
 
@@ -81,6 +96,7 @@ bool reached(const PointPtr& point);
 void synchronize(const PointPtr& point);
 bool stream_idle(int stream);
 void synchronize_stream(int stream);
+void drain_stream(int stream);  // what an operator does, which only looks as if the host waited
 void synchronize_device();
 int next_pool_stream();
 
@@ -98,7 +114,9 @@ void clear_copies();
 void set_loss(int64_t after_copies);
 void check_not_lost();
 
-// Memory.
+// Memory (memory.cpp).
+void poison(const Block& block);
+void poison_in_order(const BlockPtr& block);  // of freed device memory, behind the work that its streams have on it
 void* allocate(size_t bytes, bool pinned, int stream);
 void release(void* data);
 BlockPtr find(const void* data);
