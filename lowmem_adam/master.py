@@ -55,4 +55,4 @@ def _put_together(param: Tensor, master: Tensor, start: int, out: Tensor) -> Non
     for low in range(0, master.numel(), TILE):
         part = master[low : low + TILE]
         values = read(param, start + low, start + low + part.numel())
-        out[low : low + part.numel()].copy_(rounding.widen(values, part))
+        out[low : low + part.numel()].copy_(rounding.widen(values, part.to(values.device)))

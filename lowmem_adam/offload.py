@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,8 @@ class Passage:
 class _Slot:
     """A pinned buffer, and when it was last read by its device."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+        self._allocate = allocate
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.sent: torch.Event | None = None
 
@@ -139,30 +140,17 @@ class _Slot:
                 self.sent.synchronize()
                 self.sent = None
             self.memory = torch.empty(0, dtype=torch.uint8)  # given up before more is asked for
-            self.memory = _pinned(offsets[-1])
+            self.memory = self._allocate(offsets[-1])
         return [self.memory[start : start + size] for start, size in zip(offsets, sizes, strict=False)]
-
-
-def _pinned(nbytes: int) -> Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        warnings.warn(
-            f"offload got no pinned memory of {nbytes} bytes ({error}); it goes on with memory that is not pinned, "
-            "from and to which nothing is copied beside the step. Less is asked for with a smaller bucket_cap_mb.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class Lane:
     """A device's way to the host and back; its streams and buffers stay from step to step."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, allocate: Callable[[int], Tensor]) -> None:
         self.device = device
         self.down, self.up = torch.Stream(device=device), torch.Stream(device=device)
-        self._slots = [_Slot() for _ in range(SLOTS)]
+        self._slots = [_Slot(allocate) for _ in range(SLOTS)]
         self._turn = 0
 
     def begin(self) -> None:
@@ -198,6 +186,7 @@ class Offload:
         self.buffer_bytes = buffer_bytes
         self._lanes: dict[torch.device, Lane] = {}
         self._warned = False
+        self._told_of_memory = False
 
     def begin(self) -> None:
         """Before the first ``fetch`` of a step."""
@@ -211,7 +200,7 @@ class Offload:
         """Start parts of one device's parameters, and their gradients, on their way to the host."""
         device = parts[0].param.device
         if device not in self._lanes:
-            self._lanes[device] = Lane(device)
+            self._lanes[device] = Lane(device, self._pinned)
             self._lanes[device].begin()
         return Passage(parts, self._lanes[device])
 
@@ -219,6 +208,21 @@ class Offload:
         """Let devices wait for their parameters, before anything else reads them."""
         for lane in self._lanes.values():
             lane.join()
+
+    def _pinned(self, nbytes: int) -> Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            if not self._told_of_memory:
+                self._told_of_memory = True
+                warnings.warn(
+                    f"offload got no pinned memory of {nbytes} bytes ({error}); it goes on with memory that is not "
+                    "pinned, from and to which nothing is copied beside the step. Less is asked for with a smaller "
+                    "bucket_cap_mb.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     @property
     def pinned_bytes(self) -> int:

@@ -382,7 +382,8 @@ class Adam8bit(SavedOptimizer):
 
         Returns:
             ``parameters``: elements of all parameters; ``bytes``: by kind of tensor, on this rank; ``total_bytes``, on
-            this rank; ``bytes_per_parameter``, of this rank's bytes; ``ranks``: total bytes of every rank, those of
+            this rank; ``bytes_per_parameter``, of this rank's bytes; ``pinned_bytes`` of the buffers that ``offload``
+            has on the host; ``ranks``: total bytes of every rank, those of
             others by what they hold of the parameters that have state here. State exists from the first step on.
         """
         parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
@@ -393,6 +394,7 @@ class Adam8bit(SavedOptimizer):
             "bytes": kinds,
             "total_bytes": total,
             "bytes_per_parameter": total / parameters if parameters else 0.0,
+            "pinned_bytes": 0 if self._stepper.offload is None else self._stepper.offload.pinned_bytes,
             "ranks": [total] if self._partition is None else resharding.bytes_by_rank(self.state, self._partition),
         }
 
