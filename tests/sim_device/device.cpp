@@ -355,8 +355,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("copies", [] {
         py::list copies;
         for (const sim::Copy& copy : sim::copies()) {
-            copies.append(py::make_tuple(copy.direction, copy.bytes, copy.stream, copy.blocking, copy.queued, copy.begin,
-                                         copy.end));
+            copies.append(py::make_tuple(copy.direction, copy.bytes, copy.stream, copy.blocking, copy.delay, copy.queued,
+                                         copy.begin, copy.end));
         }
         return copies;
     });

@@ -311,7 +311,7 @@ void submit_copy(int direction, size_t bytes, int id, bool blocking, Task task) 
         task.delay += delay.random_seconds * (static_cast<double>(e.random() >> 11) * 0x1p-53);
     }
     task.copy = static_cast<int64_t>(e.log.size());
-    e.log.push_back({direction, bytes, id, blocking, now()});
+    e.log.push_back({direction, bytes, id, blocking, task.delay, now()});
     push(e, id, std::move(task));
     if (blocking) {
         drain(e, lock, id);
