@@ -9,6 +9,9 @@ import pytest
 from tests import sim_device
 from tests.sim_device import cases_device, cases_failing, cases_races, cases_waits, running
 
+# The first run builds the device.
+pytestmark = pytest.mark.slow
+
 REASON = sim_device.why_unavailable()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
