@@ -46,4 +46,7 @@ def test_a_case_that_fails_or_ends_its_process_is_reported(tmp_path: Path) -> No
     (sim_device.build_folder() / "lock").touch()
     with pytest.raises(AssertionError, match=r"ended with status 7 before or in the case cases_failing\.ends"):
         running.outcomes([cases_failing], results)
-    assert "1 == 2" in results.read_text()
+    failures = results.read_text().splitlines()
+    assert len(failures) == 2
+    assert "1 == 2" in failures[0]
+    assert "DID NOT RAISE" in failures[1]

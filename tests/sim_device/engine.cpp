@@ -363,7 +363,7 @@ void check_not_lost() {
 }
 
 // As with torch's caching allocators, device memory may be handed out again to the stream it was made on, after what
-// is queued there; other streams must be recorded. So that stream poisons it: at once, where it has nothing to do on it.
+// is queued there; other streams must be recorded. So that stream poisons it: at once, where it has no work on it.
 void poison_in_order(const BlockPtr& block) {
     Engine& e = engine();
     const Lock lock(e.mutex);
