@@ -35,12 +35,16 @@ _marks: list[Mark] = []
 
 
 class Copy(NamedTuple):
-    """A copy over the simulated bus. Times are those of ``time.monotonic``; None: not yet."""
+    """A copy over the simulated bus. Times are those of ``time.monotonic``; None: not yet.
+
+    The delay is what the settings made of it, in seconds; between begin and end lies at least that.
+    """
 
     direction: Direction
     bytes: int
     stream: int
     blocking: bool
+    delay: float
     queued: float
     begin: float | None
     end: float | None
@@ -194,8 +198,8 @@ def holding() -> Iterator[None]:
 def copies() -> list[Copy]:
     """All copies since the start or the last ``clear_log``, in the order in which they were queued."""
     return [
-        Copy(DIRECTIONS[way], size, stream, blocking, queued, begin if begin >= 0 else None, end if end >= 0 else None)
-        for way, size, stream, blocking, queued, begin, end in _extension.copies()
+        Copy(DIRECTIONS[way], size, stream, blocking, delay, queued, *(t if t >= 0 else None for t in (begin, end)))
+        for way, size, stream, blocking, delay, queued, begin, end in _extension.copies()
     ]
 
 

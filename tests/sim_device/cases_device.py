@@ -123,7 +123,7 @@ def case_an_event_is_its_last_record() -> None:
 
 
 def case_copies_follow_one_another_on_a_stream_and_overlap_on_several() -> None:
-    sim.set_delay("to_device", 0.2)
+    sim.set_delay("to_device", 0.4)
     targets = [torch.zeros(4, device=DEVICE) for _ in range(3)]
     for streams in ([new_stream()] * 3, [new_stream() for _ in range(3)]):
         sim.clear_log()
@@ -134,7 +134,7 @@ def case_copies_follow_one_another_on_a_stream_and_overlap_on_several() -> None:
         torch.accelerator.synchronize()
         times = [(c.begin, c.end) for c in sim.copies() if c.begin is not None and c.end is not None]
         assert len(times) == 3
-        assert all(end - begin >= 0.2 for begin, end in times)
+        assert all(end - begin >= 0.4 for begin, end in times)
         if streams[0] == streams[1]:
             assert all(second[0] >= first[1] for first, second in pairwise(times))
         else:
@@ -142,18 +142,17 @@ def case_copies_follow_one_another_on_a_stream_and_overlap_on_several() -> None:
 
 
 def case_delays_are_of_a_direction_and_a_size() -> None:
-    def took(size: int) -> list[float]:
+    def delays(size: int) -> list[float]:
         sim.clear_log()
         torch.zeros(size, dtype=torch.uint8).to(DEVICE).cpu()
-        return [c.end - c.begin for c in sim.copies() if c.begin is not None and c.end is not None]
+        return [c.delay for c in sim.copies()]
 
     sim.set_delay("to_device", 0.01, bytes_per_second=MIB)
-    up, down = took(MIB // 20)
-    assert up >= 0.06 > down
+    assert delays(MIB // 16) == [0.01 + 1 / 16, 0]
+    assert delays(MIB // 32) == [0.01 + 1 / 32, 0]
+    sim.set_delay("to_host", bytes_per_second=2 * MIB)
     sim.set_delay("to_device")
-    sim.set_delay("to_host", bytes_per_second=MIB)
-    up, down = took(MIB // 20)
-    assert down >= 0.05 > up
+    assert delays(MIB // 16) == [0, 1 / 32]
     for bad in (-1.0, -0.001):
         with pytest.raises(ValueError, match="not negative"):
             sim.set_delay("to_host", bad)
@@ -164,18 +163,17 @@ def case_delays_are_of_a_direction_and_a_size() -> None:
 
 
 def case_random_delays_come_again_with_their_seed() -> None:
-    source, target = torch.ones(1).pin_memory(), torch.zeros(1, device=DEVICE)
-
-    def order(seed: int) -> list[int]:
-        """Of eight copies by the time each took, which is that of its delay."""
+    def delays(seed: int) -> list[float]:
         sim.clear_log()
-        sim.set_delay("to_device", random_seconds=0.1, seed=seed)
+        sim.set_delay("to_device", 0.01, random_seconds=0.01, seed=seed)
         for _ in range(6):
-            target.copy_(source)
-        lengths = [c.end - c.begin for c in sim.copies() if c.begin is not None and c.end is not None]
-        return sorted(range(6), key=lengths.__getitem__)
+            torch.zeros(1).to(DEVICE)
+        assert all(c.begin is not None and c.end is not None and c.end - c.begin >= c.delay for c in sim.copies())
+        return [c.delay for c in sim.copies()]
 
-    assert order(1) == order(1) != order(2)
+    assert delays(1) == delays(1) != delays(2)
+    assert len(set(delays(1))) == 6
+    assert all(0.01 <= delay <= 0.02 for delay in delays(1))
 
 
 def case_log_tells_every_copy_over_the_bus() -> None:

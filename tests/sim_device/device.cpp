@@ -78,7 +78,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
         }
     }
     double elapsedTime(void* first, void* second, c10::DeviceIndex) const override {
-        TORCH_CHECK(sim::reached(point_of(first)) && sim::reached(point_of(second)), "sim: an event is not reached yet");
+        const bool reached = sim::reached(point_of(first)) && sim::reached(point_of(second));
+        TORCH_CHECK(reached, "sim: an event is not reached yet");
         return 1000 * (point_of(second)->time - point_of(first)->time);
     }
     void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
@@ -116,7 +117,8 @@ struct DeviceMemory final : c10::DeviceAllocator {
     c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override {
         c10::CachingDeviceAllocator::DeviceStats stats;
         const sim::Memory memory = sim::memory(false);
-        for (auto* bytes : {&stats.allocated_bytes, &stats.reserved_bytes, &stats.active_bytes, &stats.requested_bytes}) {
+        for (auto* bytes :
+             {&stats.allocated_bytes, &stats.reserved_bytes, &stats.active_bytes, &stats.requested_bytes}) {
             fill((*bytes)[0], memory);
         }
         return stats;
@@ -215,7 +217,10 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_bloc
     if (!computing) {
         sim::check_not_lost();
     }
-    const char* const what = computing ? operation : !to_device ? "copy to the host" : !from_device ? "copy to the device" : "copy";
+    const char* const what = computing      ? operation
+                             : !to_device   ? "copy to the host"
+                             : !from_device ? "copy to the device"
+                                            : "copy";
     sim::Task task;
     task.blocks = blocks_of(to, from, what);
     if (to_device && from_device) {  // a kernel like any other
@@ -355,8 +360,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("copies", [] {
         py::list copies;
         for (const sim::Copy& copy : sim::copies()) {
-            copies.append(py::make_tuple(copy.direction, copy.bytes, copy.stream, copy.blocking, copy.queued, copy.begin,
-                                         copy.end));
+            copies.append(py::make_tuple(copy.direction, copy.bytes, copy.stream, copy.blocking, copy.delay,
+                                         copy.queued, copy.begin, copy.end));
         }
         return copies;
     });

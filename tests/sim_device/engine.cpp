@@ -311,7 +311,7 @@ void submit_copy(int direction, size_t bytes, int id, bool blocking, Task task) 
         task.delay += delay.random_seconds * (static_cast<double>(e.random() >> 11) * 0x1p-53);
     }
     task.copy = static_cast<int64_t>(e.log.size());
-    e.log.push_back({direction, bytes, id, blocking, now()});
+    e.log.push_back({direction, bytes, id, blocking, task.delay, now()});
     push(e, id, std::move(task));
     if (blocking) {
         drain(e, lock, id);
@@ -363,7 +363,7 @@ void check_not_lost() {
 }
 
 // As with torch's caching allocators, device memory may be handed out again to the stream it was made on, after what
-// is queued there; other streams must be recorded. So that stream poisons it: at once, where it has nothing to do on it.
+// is queued there; other streams must be recorded. So that stream poisons it: at once, where it has no work on it.
 void poison_in_order(const BlockPtr& block) {
     Engine& e = engine();
     const Lock lock(e.mutex);

@@ -67,6 +67,7 @@ struct Copy {
     size_t bytes;
     int stream;
     bool blocking;
+    double delay;
     double queued;
     double begin = -1;
     double end = -1;
