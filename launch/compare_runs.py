@@ -68,8 +68,12 @@ def load_run(folder: Path) -> Run:
 
 
 def run_labels(folders: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The optimizer's name and whether it was sharded, with the folder's name where two runs have the same."""
-    names = [summary["optimizer"] + (" sharded" if summary["settings"].get("shard") else "") for summary in summaries]
+    """The optimizer's name and whether it was sharded or offloaded, with the folder's name where two runs have the same."""
+    ways = {"shard": " sharded", "offload": " offloaded"}
+    names = [
+        summary["optimizer"] + "".join(word for way, word in ways.items() if summary["settings"].get(way))
+        for summary in summaries
+    ]
     return [
         name if names.count(name) == 1 else f"{name} ({folder.resolve().name})"
         for name, folder in zip(names, folders, strict=True)

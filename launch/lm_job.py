@@ -116,6 +116,7 @@ def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             shard=settings.shard,
+            offload=settings.offload,
         ),
     )
     schedule = partial(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import check_optimizer_name, check_seed, check_shard
+from optimizers import check_optimizer_name, check_place, check_seed
 
 PRECISIONS = ("no", "bf16")
 PARAMETER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,8 +27,9 @@ IMMATERIAL = frozenset(
         "data",
         "expect_world_size",
         "precision",
-        # Any number of shards gives the same bits, and a checkpoint holds the whole state.
+        # Any number of shards gives the same bits, on the host or not, and a checkpoint holds the whole state.
         "shard",
+        "offload",
     }
 )
 
@@ -43,6 +44,7 @@ class TrainingSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-2
     shard: bool = False
+    offload: bool = False
     seed: int = 0
     steps: int = 250
     warmup_steps: int = 25
@@ -70,7 +72,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_optimizer_name(self.optimizer)
-        check_shard(self.optimizer, self.shard)
+        check_place(self.optimizer, shard=self.shard, offload=self.offload)
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
         check_choice("param_dtype", self.param_dtype, tuple(PARAMETER_DTYPES))

@@ -22,8 +22,9 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     seed: int = 0
-    # Over all processes; only those in SHARDABLE can.
+    # Over all processes; only those in OURS can, and keep state on the host.
     shard: bool = False
+    offload: bool = False
 
 
 Parameters = Iterable[torch.nn.Parameter]
@@ -41,7 +42,8 @@ def _common(settings: OptimizerSettings) -> dict[str, Any]:
 
 def _of_ours(settings: OptimizerSettings) -> dict[str, Any]:
     """The keywords of this repository's optimizers."""
-    return {**_common(settings), "seed": settings.seed, "shard_group": "world" if settings.shard else None}
+    where = {"shard_group": "world" if settings.shard else None, "offload": "cpu" if settings.offload else None}
+    return {**_common(settings), "seed": settings.seed, **where}
 
 
 def _adamw8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -89,8 +91,8 @@ FACTORIES: dict[str, Callable[[Parameters, OptimizerSettings], torch.optim.Optim
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
 }
-SHARDABLE = ("adamw8bit", "adam8bit", "adamw32bit")
-"""Those that can share their state out over the processes."""
+OURS = ("adamw8bit", "adam8bit", "adamw32bit")
+"""Those that can share their state out over the processes, and keep it on the host."""
 
 
 def check_optimizer_name(name: str) -> None:
@@ -99,10 +101,12 @@ def check_optimizer_name(name: str) -> None:
         raise ValueError(f"unknown optimizer {name!r}; accepted: {', '.join(FACTORIES)}")
 
 
-def check_shard(name: str, shard: bool) -> None:
-    """Refuse to shard what keeps all of its state in every process."""
-    if shard and name not in SHARDABLE:
-        raise ValueError(f"shard is for {', '.join(SHARDABLE)}; {name} keeps its whole state in every process")
+def check_place(name: str, *, shard: bool, offload: bool) -> None:
+    """Refuse to shard or offload what keeps all of its state in every process, on its device."""
+    if shard and name not in OURS:
+        raise ValueError(f"shard is for {', '.join(OURS)}; {name} keeps its whole state in every process")
+    if offload and name not in OURS:
+        raise ValueError(f"offload is for {', '.join(OURS)}; {name} keeps its state on the model's device")
 
 
 def check_seed(seed: int) -> None:
@@ -114,7 +118,7 @@ def check_seed(seed: int) -> None:
 def build_optimizer(name: str, parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Build the optimizer called `name` over `parameters`."""
     check_optimizer_name(name)
-    check_shard(name, settings.shard)
+    check_place(name, shard=settings.shard, offload=settings.offload)
     return FACTORIES[name](parameters, settings)
 
 

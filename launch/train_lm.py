@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from optimizers import FACTORIES, SHARDABLE
+from optimizers import FACTORIES, OURS
 
 app = typer.Typer(add_completion=False)
 
-SHARD_HELP = f"Share the optimizer's state out over the processes; for {', '.join(SHARDABLE)}."
+SHARD_HELP = f"Share the optimizer's state out over the processes; for {', '.join(OURS)}."
+OFFLOAD_HELP = f"Keep the optimizer's state on the host and step there; for {', '.join(OURS)}."
 DATA_HELP = "A text file or a folder of them; may be given several times. Default: the Python standard library."
 
 
@@ -25,6 +26,7 @@ def main(
     betas: Annotated[tuple[float, float], typer.Option(help="Adam's two decay rates.")] = (0.9, 0.999),
     weight_decay: Annotated[float, typer.Option(help="Reaches every parameter; adam8bit: L2.")] = 1e-2,
     shard: Annotated[bool, typer.Option(help=SHARD_HELP)] = False,
+    offload: Annotated[bool, typer.Option(help=OFFLOAD_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Fixes weights, data order and rounding.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 250,
     warmup_steps: Annotated[int, typer.Option(help="Linear warmup before the cosine.")] = 25,
