@@ -87,7 +87,7 @@ class BlockLoop {
     int64_t run(int64_t first, int64_t end) {
         if (careful_) {
             run_on<Path::careful>(first, end);
-        } else if (keeps_master(rounding) || s_.grad_scale != 1.0f || s_.weight_decay != 0.0f) {
+        } else if (s_.grad_scale != 1.0f || s_.weight_decay != 0.0f) {
             run_on<Path::scaled>(first, end);
         } else {
             run_on<Path::plain>(first, end);

@@ -95,13 +95,11 @@ struct Avx2 {
         }
     }
     // The inverse, of words of any lower half.
-    static void store_words(uint16_t *p, int16_t *rest, int infinity, const I (&words)[4]) {
-        for (int h = 0; h < 2; ++h) {
-            store_whole(rest + 16 * h, in_order(part(p + 16 * h, infinity, words + 2 * h)));
-        }
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) store_whole(rest + 16 * h, in_order(part(p + 16 * h, words + 2 * h)));
     }
-    static void store_words(uint16_t *p, int8_t *rest, int infinity, const I (&words)[4]) {
-        const I first = part(p, infinity, words), second = part(p + 16, infinity, words + 2);
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        const I first = part(p, words), second = part(p + 16, words + 2);
         const I bytes = _mm256_packs_epi16(_mm256_srai_epi16(first, 8), _mm256_srai_epi16(second, 8));
         store_whole(rest, dwords_in_order(bytes));
     }
@@ -174,15 +172,13 @@ struct Avx2 {
         words[1] = _mm256_unpackhi_epi16(rest, upper);
     }
     // Stores the parameters of two vectors of words, and returns their corrections as packing leaves them.
-    static I part(uint16_t *p, int infinity, const I *words) {
-        const I none = _mm256_setzero_si256();
-        const I rest = _mm256_packus_epi32(_mm256_blend_epi16(words[0], none, 0xAA),
-                                           _mm256_blend_epi16(words[1], none, 0xAA));
-        const I upper = _mm256_packus_epi32(_mm256_srli_epi32(words[0], 16), _mm256_srli_epi32(words[1], 16));
-        const I param = _mm256_sub_epi16(upper, _mm256_srai_epi16(rest, 15));
-        store_whole(p, in_order(param));
-        const I limit = _mm256_set1_epi16(static_cast<int16_t>(infinity));
-        return andi(rest, _mm256_cmpgt_epi16(limit, andi(param, _mm256_set1_epi16(0x7FFF))));
+    static I part(uint16_t *p, const I *words) {
+        // Lower halves of a 128-bit lane to its lower part.
+        const I apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        const I first = _mm256_shuffle_epi8(words[0], apart), second = _mm256_shuffle_epi8(words[1], apart);
+        const I rest = _mm256_unpacklo_epi64(first, second), upper = _mm256_unpackhi_epi64(first, second);
+        store_whole(p, in_order(_mm256_sub_epi16(upper, _mm256_srai_epi16(rest, 15))));
+        return rest;
     }
 };
 

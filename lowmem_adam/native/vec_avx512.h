@@ -98,13 +98,13 @@ struct Avx512 {
         }
     }
     // The inverse, of words of any lower half.
-    static void store_words(uint16_t *p, int16_t *rest, int infinity, const I (&words)[4]) {
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
         for (int h = 0; h < 2; ++h) {
-            _mm512_storeu_si512(rest + 32 * h, in_order(part(p + 32 * h, infinity, words + 2 * h)));
+            _mm512_storeu_si512(rest + 32 * h, in_order(part(p + 32 * h, words + 2 * h)));
         }
     }
-    static void store_words(uint16_t *p, int8_t *rest, int infinity, const I (&words)[4]) {
-        const I first = part(p, infinity, words), second = part(p + 32, infinity, words + 2);
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        const I first = part(p, words), second = part(p + 32, words + 2);
         const I bytes = _mm512_packs_epi16(_mm512_srai_epi16(first, 8), _mm512_srai_epi16(second, 8));
         _mm512_storeu_si512(rest, dwords_in_order(bytes));
     }
@@ -169,15 +169,13 @@ struct Avx512 {
         words[1] = _mm512_unpackhi_epi16(rest, upper);
     }
     // Stores the parameters of two vectors of words, and returns their corrections as packing leaves them.
-    static I part(uint16_t *p, int infinity, const I *words) {
-        const I lower = seti(0xFFFF);
-        const I rest = _mm512_packus_epi32(_mm512_and_si512(words[0], lower), _mm512_and_si512(words[1], lower));
-        const I upper = _mm512_packus_epi32(_mm512_srli_epi32(words[0], 16), _mm512_srli_epi32(words[1], 16));
-        const I param = _mm512_sub_epi16(upper, _mm512_srai_epi16(rest, 15));
-        _mm512_storeu_si512(p, in_order(param));
-        const I magnitude = _mm512_and_si512(param, _mm512_set1_epi16(0x7FFF));
-        const I limit = _mm512_set1_epi16(static_cast<int16_t>(infinity));
-        return _mm512_maskz_mov_epi16(_mm512_cmplt_epi16_mask(magnitude, limit), rest);
+    static I part(uint16_t *p, const I *words) {
+        // Lower halves of a 128-bit lane to its lower part.
+        const I apart = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        const I first = _mm512_shuffle_epi8(words[0], apart), second = _mm512_shuffle_epi8(words[1], apart);
+        const I rest = _mm512_unpacklo_epi64(first, second), upper = _mm512_unpackhi_epi64(first, second);
+        _mm512_storeu_si512(p, in_order(_mm512_sub_epi16(upper, _mm512_srai_epi16(rest, 15))));
+        return rest;
     }
 };
 

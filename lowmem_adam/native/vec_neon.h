@@ -91,11 +91,11 @@ struct Neon {
         }
     }
     // The inverse, of words of any lower half.
-    static void store_words(uint16_t *p, int16_t *rest, int infinity, const I (&words)[4]) {
-        for (int h = 0; h < 2; ++h) vst1q_s16(rest + 8 * h, part(p + 8 * h, infinity, words + 2 * h));
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) vst1q_s16(rest + 8 * h, part(p + 8 * h, words + 2 * h));
     }
-    static void store_words(uint16_t *p, int8_t *rest, int infinity, const I (&words)[4]) {
-        for (int h = 0; h < 2; ++h) vst1_s8(rest + 8 * h, vshrn_n_s16(part(p + 8 * h, infinity, words + 2 * h), 8));
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) vst1_s8(rest + 8 * h, vshrn_n_s16(part(p + 8 * h, words + 2 * h), 8));
     }
 
     static F load_bfloat16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -120,22 +120,19 @@ struct Neon {
     static void join(const uint16_t *p, int16x8_t rest, int infinity, I *words) {
         const int16x8_t param = vreinterpretq_s16_u16(vld1q_u16(p)), none = vdupq_n_s16(0);
         const int16x8_t magnitude = vandq_s16(param, vdupq_n_s16(0x7FFF));
-        rest = vandq_s16(rest, finite(magnitude, infinity));
+        const uint16x8_t finite = vcltq_s16(magnitude, vdupq_n_s16(static_cast<int16_t>(infinity)));
+        rest = vandq_s16(rest, vreinterpretq_s16_u16(finite));
         rest = vbslq_s16(vceqq_s16(magnitude, none), vmaxq_s16(rest, none), rest);
         const int16x8_t upper = vaddq_s16(param, vshrq_n_s16(rest, 15));
         words[0] = vreinterpretq_s32_s16(vzip1q_s16(rest, upper));
         words[1] = vreinterpretq_s32_s16(vzip2q_s16(rest, upper));
     }
     // Stores the parameters of two vectors of words, and returns their corrections.
-    static int16x8_t part(uint16_t *p, int infinity, const I *words) {
+    static int16x8_t part(uint16_t *p, const I *words) {
         const int16x8_t first = vreinterpretq_s16_s32(words[0]), second = vreinterpretq_s16_s32(words[1]);
         const int16x8_t rest = vuzp1q_s16(first, second), upper = vuzp2q_s16(first, second);
-        const int16x8_t param = vsubq_s16(upper, vshrq_n_s16(rest, 15));
-        vst1q_u16(p, vreinterpretq_u16_s16(param));
-        return vandq_s16(rest, finite(vandq_s16(param, vdupq_n_s16(0x7FFF)), infinity));
-    }
-    static int16x8_t finite(int16x8_t magnitude, int infinity) {
-        return vreinterpretq_s16_u16(vcltq_s16(magnitude, vdupq_n_s16(static_cast<int16_t>(infinity))));
+        vst1q_u16(p, vreinterpretq_u16_s16(vsubq_s16(upper, vshrq_n_s16(rest, 15))));
+        return rest;
     }
     // Each byte to a lane of its own; an index out of range gives zero.
     static void spread(uint8x16_t bytes, uint32_t zeros, int place, I (&x)[4]) {

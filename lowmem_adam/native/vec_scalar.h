@@ -88,11 +88,11 @@ struct Scalar {
         for (int u = 0; u < 4; ++u) words[u] = joined(p[u], rest[u] * 256, infinity);
     }
     // The inverse, of words of any lower half.
-    static void store_words(uint16_t *p, int16_t *rest, int infinity, const I (&words)[4]) {
-        for (int u = 0; u < 4; ++u) rest[u] = parted(words[u], infinity, p + u);
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) rest[u] = parted(words[u], p + u);
     }
-    static void store_words(uint16_t *p, int8_t *rest, int infinity, const I (&words)[4]) {
-        for (int u = 0; u < 4; ++u) rest[u] = static_cast<int8_t>(parted(words[u], infinity, p + u) >> 8);
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) rest[u] = static_cast<int8_t>(parted(words[u], p + u) >> 8);
     }
 
     static F load_bfloat16(const uint16_t *p) { return float_of_bits(static_cast<uint32_t>(*p) << 16); }
@@ -120,10 +120,9 @@ struct Scalar {
         return static_cast<I>((static_cast<uint32_t>(p) << 16) + static_cast<uint32_t>(rest));
     }
     // Stores the parameter and returns the correction.
-    static int16_t parted(I word, int infinity, uint16_t *p) {
-        const int16_t rest = static_cast<int16_t>(word & 0xFFFF);
+    static int16_t parted(I word, uint16_t *p) {
         *p = static_cast<uint16_t>((static_cast<uint32_t>(word) + 0x8000u) >> 16);
-        return (*p & 0x7FFF) >= infinity ? static_cast<int16_t>(0) : rest;
+        return static_cast<int16_t>(word & 0xFFFF);
     }
     static I saturated(I x) { return x < 0 ? 0 : x > 255 ? 255 : x; }
 };

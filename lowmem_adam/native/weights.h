@@ -186,7 +186,7 @@ LOWMEM_ADAM_INLINE void store_weight(P, uint16_t *param, typename Master<roundin
                 words[u] = V::andi(V::addi(words[u], V::template shift_right<24>(add)), V::seti(-256));
             }
         });
-        V::store_words(param + i, master + i, P::kInfinity, words);
+        V::store_words(param + i, master + i, words);
     } else if constexpr (rounding == Rounding::full) {
         four(EACH { V::store(master + i + u * V::kLanes, weight.v[u]); });
         narrow<V, Rounding::nearest, careful>(P{}, param + i, weight.v, word, i);
