@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lowmem_adam import AdamW8bit, checkpoint
+from lowmem_adam.local import whole_tensor
 from tests.cases import assert_same_bits, copied, differ, gradient
 from tests.kernel_cases import UPDATES
 from tests.ranks import NEEDS_GLOO, on_ranks
@@ -68,7 +69,7 @@ def take_steps(opt: AdamW8bit, steps: range) -> None:
 
 def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return whole_tensor(value)
     return {key: whole(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
@@ -101,6 +102,9 @@ def rows_job(rank: int, folder: Path) -> Any:
         dcp_save({"params": params, "optimizer": opt.sharded_state_dict()}, checkpoint_id=folder / f"{name}-{world}")
         take_steps(opt, range(3, 6))
         found[name] = found_in(opt)
+        consolidated = opt.consolidate_state_dict()
+        if consolidated is not None:
+            assert_same_bits(consolidated["state"], found[name]["state"], name)
     return found
 
 
