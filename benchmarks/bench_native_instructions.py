@@ -22,11 +22,14 @@ from lowmem_adam.kernels import cpu
 
 NATIVE = Path(__file__).resolve().parents[1] / "lowmem_adam" / "native"
 ELEMENTS = 65536
+KINDS = ("none", "fp32", "split", "split in 24 bits")
+"""What is kept beside the parameter, by the library's number for it."""
 ROWS = [
-    (isa, dtype, moments)
+    (isa, dtype, moments, kept)
     for isa in ("avx2", "scalar")
     for dtype in ("float32", "bfloat16")
     for moments in ("8bit", "32bit")
+    for kept in (KINDS if dtype == "bfloat16" else KINDS[:1])
 ]
 
 
@@ -41,9 +44,10 @@ def build(folder: Path) -> Path:
     return driver
 
 
-def counted(driver: Path, isa: str, dtype: str, moments: str, steps: int) -> int:
+def counted(driver: Path, isa: str, dtype: str, moments: str, kept: str, steps: int) -> int:
     """Instructions of the whole program."""
-    numbers = (cpu.ISAS.index(isa), int(dtype == "bfloat16"), int(moments == "8bit"), ELEMENTS, steps)
+    kinds = (int(dtype == "bfloat16"), int(moments == "8bit"), KINDS.index(kept))
+    numbers = (cpu.ISAS.index(isa), *kinds, ELEMENTS, steps)
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(driver), *map(str, numbers)]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     found = re.search(r"Collected : (\d+)", told)
@@ -61,10 +65,10 @@ def main(
     rows: list[list[harness.Cell]] = []
     with tempfile.TemporaryDirectory() as folder:
         driver = build(Path(folder))
-        for isa, dtype, moments in ROWS:
-            once, thrice = (counted(driver, isa, dtype, moments, steps) for steps in (1, 3))
-            rows.append([isa, dtype, moments, (thrice - once) / 2 / ELEMENTS])
-    header = ["instruction set", "parameters", "moments", "instructions a parameter and step"]
+        for row in ROWS:
+            once, thrice = (counted(driver, *row, steps) for steps in (1, 3))
+            rows.append([*row, (thrice - once) / 2 / ELEMENTS])
+    header = ["instruction set", "parameters", "moments", "kept", "instructions a parameter and step"]
     title = "Instructions of the native step"
     harness.print_table(title, header, rows)
     data = {"rows": [dict(zip(header, row, strict=True)) for row in rows]}

@@ -1,5 +1,5 @@
 // Steps a parameter of N elements S times on one thread, for benchmarks/bench_native_instructions.py.
-// Usage: native_driver ISA(number) DTYPE(0 float32, 1 bfloat16) CODED(0, 1) N S
+// Usage: native_driver ISA(number) DTYPE(0 float32, 1 bfloat16) CODED(0, 1) MASTER(kind) N S
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -8,9 +8,9 @@
 #include "../lowmem_adam/native/lowmem_adam.h"
 
 int main(int argc, char **argv) {
-    if (argc != 6) return 2;
-    const int isa = atoi(argv[1]), dtype = atoi(argv[2]), coded = atoi(argv[3]), steps = atoi(argv[5]);
-    const int64_t n = atoll(argv[4]), cols = 1024, rows = n / cols;
+    if (argc != 7) return 2;
+    const int isa = atoi(argv[1]), dtype = atoi(argv[2]), coded = atoi(argv[3]), kind = atoi(argv[4]), steps = atoi(argv[6]);
+    const int64_t n = atoll(argv[5]), cols = 1024, rows = n / cols;
     std::vector<float> wide_param(static_cast<size_t>(n)), wide_grad(static_cast<size_t>(n));
     std::vector<uint16_t> param(static_cast<size_t>(n)), grad(static_cast<size_t>(n));
     uint32_t state = 1;
@@ -22,7 +22,11 @@ int main(int argc, char **argv) {
         param[i] = static_cast<uint16_t>(0x3F00u | (state & 0xFFu));
         grad[i] = static_cast<uint16_t>(0x3A00u | (state >> 8 & 0x80FFu));
     }
-    std::vector<float> moments(static_cast<size_t>(2 * n));
+    std::vector<float> moments(static_cast<size_t>(2 * n)), master(static_cast<size_t>(n));
+    for (size_t i = 0; kind == LOWMEM_ADAM_MASTER_FLOAT32 && i < static_cast<size_t>(n); ++i) {
+        const uint32_t bits = static_cast<uint32_t>(param[i]) << 16;
+        __builtin_memcpy(&master[i], &bits, sizeof bits);
+    }
     std::vector<uint8_t> metadata(static_cast<size_t>(2 * n / 128));
     struct lowmem_adam_fragment f = {};
     f.param = {dtype ? static_cast<void *>(param.data()) : wide_param.data(), nullptr, dtype, 0};
@@ -31,6 +35,8 @@ int main(int argc, char **argv) {
     f.exp_avg_sq = moments.data() + n;
     f.block_floor = coded ? metadata.data() : nullptr;
     f.block_span = coded ? metadata.data() + n / 128 : nullptr;
+    f.master = kind ? master.data() : nullptr;
+    f.master_kind = kind;
     f.rows = rows;
     f.cols = cols;
     f.end_block = n / 128;

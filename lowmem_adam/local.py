@@ -149,6 +149,15 @@ def like(param: Any, part: Tensor, shape: Sequence[int], *, by_block: bool) -> T
     return made
 
 
+def whole_tensor(value: Any) -> Tensor:
+    """A DTensor put together on every rank; a collective of its mesh."""
+    if value.dtype != torch.int16:
+        whole: Tensor = value.full_tensor()
+        return whole
+    # Neither gloo nor NCCL sends these.
+    return whole_tensor(value.to(torch.int32)).to(torch.int16)
+
+
 def distributed_like(param: Any, value: Tensor, *, by_block: bool) -> Tensor:
     """A whole tensor, which every rank has, placed as its parameter; nothing is sent."""
     if not is_dtensor(param) or is_dtensor(value):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowmem_adam import saved_state
 from lowmem_adam.layout import Layout
-from lowmem_adam.local import Span, distributed_like, is_dtensor, local
+from lowmem_adam.local import Span, distributed_like, is_dtensor, local, whole_tensor
 from lowmem_adam.shard import Partition
 from lowmem_adam.shard_tensor import ShardTensor
 from lowmem_adam.state import METADATA_KEYS, entries, expected_tensors, master_of, part_of
@@ -108,7 +108,7 @@ def gathered(state_dict: Mapping[str, Any], to: int) -> dict[str, Any] | None:
     for key, tensors in state_dict["state"].items():
         state[key] = {}
         for name, value in tensors.items():
-            whole = value.full_tensor() if is_dtensor(value) else value
+            whole = whole_tensor(value) if is_dtensor(value) else value
             if here:
                 state[key][name] = whole.to("cpu", copy=not is_dtensor(value))
     return {**state_dict, "state": state} if here else None

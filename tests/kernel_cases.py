@@ -16,6 +16,7 @@ from torch import Tensor
 from lowmem_adam.kernels import cpu, reference
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
 from lowmem_adam.layout import Layout
+from lowmem_adam.state import master_dtype
 from tests.cases import Shape, everything, generator
 
 DTYPE_PAIRS = (
@@ -35,10 +36,30 @@ SETTINGS: dict[str, Any] = {
     "decoupled": True,
     "maximize": False,
     "low_precision_update": "stochastic",
+    "master_bits": 32,
     "nonfinite": "skip",
     "seed": 5,
 }
 
+UPDATES: dict[str, dict[str, Any]] = {
+    "nearest": {"low_precision_update": "nearest"},
+    "stochastic": {},
+    "split": {"low_precision_update": "split"},
+    "split in 24 bits": {"low_precision_update": "split", "master_bits": 24},
+    "fp32": {"low_precision_update": "fp32"},
+}
+"""How a 16-bit parameter takes its update."""
+MASTERS = tuple(UPDATES)[2:]
+"""Those for which something is kept beside it."""
+
+_WITH_EACH: dict[str, dict[str, Any]] = {
+    "": {},
+    ", propagate": {"nonfinite": "propagate"},
+    ", Adam of NaN": {"nonfinite": "propagate", "decoupled": False},
+    ", eps 0": {"eps": 0.0},
+    ", gradients times 0.37": {"grad_scale": 0.37},
+    ", large lr": {"lr": 1e30},
+}
 
 CHANGES: dict[str, dict[str, Any]] = {
     "AdamW": {},
@@ -48,7 +69,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Adam with a decay that vanishes in float32": {"decoupled": False, "weight_decay": 1e-60},
     "maximize": {"maximize": True},
     "Adam, maximize": {"maximize": True, "decoupled": False, "grad_scale": 0.3},
-    "nearest": {"low_precision_update": "nearest"},
+    "nearest": UPDATES["nearest"],
+    **{f"{update}{kind}": {**UPDATES[update], **changes} for update in MASTERS for kind, changes in _WITH_EACH.items()},
     "propagate": {"nonfinite": "propagate"},
     "propagate, nearest": {"nonfinite": "propagate", "low_precision_update": "nearest"},
     "propagate, maximize": {"nonfinite": "propagate", "maximize": True},
@@ -97,7 +119,7 @@ def isas() -> list[str]:
 
 
 def scalars(step: int, **changes: Any) -> StepScalars:
-    return StepScalars.at_step(step, **{**SETTINGS, **changes})
+    return StepScalars.at_step(step, **{k: v for k, v in {**SETTINGS, **changes}.items() if k != "master_bits"})
 
 
 # ---------------------------------------------------------------- numbers
@@ -191,11 +213,33 @@ def random_moments(layout: Layout, moments: str, *key: int) -> CodedMoments | Fu
     return made
 
 
-def whole(param: Tensor, grad: Tensor, moments: str | CodedMoments | FullMoments = "8bit") -> Fragment:
+def zero_master(param: Tensor, changes: dict[str, Any]) -> Tensor | None:
+    """What is kept of the weights before the first step: nothing, so that they are the parameters."""
+    dtype = master_dtype(param.dtype, {**SETTINGS, **changes})
+    if dtype == torch.float32:
+        return param.float().reshape(-1)
+    return None if dtype is None else torch.zeros(param.numel(), dtype=dtype)
+
+
+def random_master(param: Tensor, changes: dict[str, Any], *key: int) -> Tensor | None:
+    """Any correction, of which some fit no parameter; master weights of which about half still round to theirs."""
+    drawn, made = generator(*key), zero_master(param, changes)
+    if made is None or made.dtype != torch.float32:
+        return made if made is None else made.random_(-128, 128, generator=drawn).mul_(1 if made.itemsize == 1 else 257)
+    near = made * (1 + (torch.rand(made.shape, generator=drawn) - 0.5) * torch.finfo(param.dtype).eps)
+    return torch.where(torch.rand(made.shape, generator=drawn) < 0.1, torch.randn(made.shape, generator=drawn), near)
+
+
+def whole(
+    param: Tensor,
+    grad: Tensor,
+    moments: str | CodedMoments | FullMoments = "8bit",
+    master: Tensor | None = None,
+) -> Fragment:
     """A parameter in one piece, with 8-bit moments also where the optimizer would keep fp32 ones."""
     layout = Layout.of(param.shape)
     held = zero_moments(layout, 0, layout.n_blocks, moments) if isinstance(moments, str) else moments
-    return Fragment(param, grad, held, layout, 0, layout.n_blocks)
+    return Fragment(param, grad, held, layout, 0, layout.n_blocks, master=master)
 
 
 def memory(tensor: Tensor) -> Tensor:
@@ -206,16 +250,24 @@ def memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((extent,), (1,))
 
 
-def moments_by_name(moments: CodedMoments | FullMoments) -> dict[str, Tensor]:
-    return moments._asdict()
+def state_by_name(fragment: Fragment) -> dict[str, Tensor]:
+    """All that a step changes beside the parameter."""
+    master = {} if fragment.master is None else {"master": fragment.master}
+    return {**fragment.moments._asdict(), **master}
+
+
+def with_state(fragment: Fragment, held: dict[str, Tensor]) -> Fragment:
+    """The fragment with other tensors of these names."""
+    moments = {name: tensor for name, tensor in held.items() if name != "master"}
+    return fragment._replace(moments=type(fragment.moments)(**moments), master=held.get("master"))
 
 
 def twin(fragment: Fragment) -> Fragment:
-    """The same fragment in memory of its own: parameter and moments, not the gradient."""
+    """The same fragment in memory of its own: parameter and state, not the gradient."""
     param = memory(fragment.param).clone().as_strided(fragment.param.shape, fragment.param.stride(), 0)
-    held = {name: tensor.clone() for name, tensor in moments_by_name(fragment.moments).items()}
+    held = {name: tensor.clone() for name, tensor in state_by_name(fragment).items()}
     cache: dict[str, Any] | None = None if fragment.cache is None else {}
-    return fragment._replace(param=param, moments=type(fragment.moments)(**held), cache=cache)
+    return with_state(fragment._replace(param=param, cache=cache), held)
 
 
 def cut(fragment: Fragment, first: int, end: int) -> Fragment:
@@ -225,17 +277,10 @@ def cut(fragment: Fragment, first: int, end: int) -> Fragment:
     blocks = slice(first - fragment.first_block, end - fragment.first_block)
     held = {
         name: tensor.view(-1)[blocks if name.startswith("block") else part]
-        for name, tensor in moments_by_name(fragment.moments).items()
+        for name, tensor in state_by_name(fragment).items()
     }
     param, grad = fragment.param.view(-1)[part], fragment.grad.view(-1)[part]
-    return fragment._replace(
-        param=param,
-        grad=grad,
-        moments=type(fragment.moments)(**held),
-        first_block=first,
-        end_block=end,
-        cache=None,
-    )
+    return with_state(fragment._replace(param=param, grad=grad, first_block=first, end_block=end, cache=None), held)
 
 
 # ---------------------------------------------------------------- comparison
@@ -258,7 +303,7 @@ def native(isa: str | None = None, num_threads: int = 1) -> Step:
 
 def snapshot(fragment: Fragment, skipped: Tensor | int = 0) -> Snapshot:
     """Copies of everything that a step may change, and the count it returned."""
-    held = {name: tensor.clone() for name, tensor in moments_by_name(fragment.moments).items()}
+    held = {name: tensor.clone() for name, tensor in state_by_name(fragment).items()}
     return {"param": memory(fragment.param).clone(), **held, "skipped": torch.as_tensor(skipped)}
 
 
@@ -306,7 +351,8 @@ def assert_same(wanted: Sequence[Snapshot], got: Sequence[Snapshot], where: str 
 def one_step(
     param: Tensor, grad: Tensor, moments: str | CodedMoments | FullMoments, step: int = 7, **changes: Any
 ) -> Case:
-    return Case(whole(param, grad, moments), [(grad, scalars(step, **changes))])
+    master = random_master(param, changes, step) if step > 1 else zero_master(param, changes)
+    return Case(whole(param, grad, moments, master), [(grad, scalars(step, **changes))])
 
 
 def mixed_work(count: int, seed: int, shapes: Callable[[random.Random, int], tuple[int, ...]]) -> list[Case]:

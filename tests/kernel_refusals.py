@@ -50,6 +50,10 @@ def replaced(name: str, how: str) -> Callable[[Fragment], Fragment]:
     return changed
 
 
+def with_master(change: Callable[[Tensor], Tensor]) -> Callable[[Fragment], Fragment]:
+    return lambda f: f._replace(param=f.param.bfloat16(), master=change(torch.zeros(4, 300, dtype=torch.int16)))
+
+
 REFUSED: dict[str, tuple[str, Callable[[Fragment], Fragment]]] = {
     **{
         f"{name}, {how}": (moments, held(name, change))
@@ -69,17 +73,21 @@ REFUSED: dict[str, tuple[str, Callable[[Fragment], Fragment]]] = {
         lambda f: f._replace(param=f.param.bfloat16(), grad=f.grad.half()),
     ),
     "signed root codes": ("8bit", held("exp_avg_sq_code", lambda x: x.view(torch.int8))),
+    **{f"master, {how}": ("8bit", with_master(change)) for how, change in SPOILED.items()},
+    "master of a float32 parameter": ("8bit", lambda f: f._replace(master=torch.zeros(4, 300))),
     "fewer blocks": ("8bit", lambda f: f._replace(end_block=f.end_block - 1)),
 }
 
 
 PARAM_DATA, PARAM_SHAPE, PARAM_DTYPE, PARAM_DIMS, GRAD_DATA, GRAD_SHAPE, GRAD_DTYPE, GRAD_DIMS = range(8)
-EXP_AVG, EXP_AVG_SQ, FLOOR, SPAN, ROWS, COLS, FIRST, END, SCALARS = range(8, 17)
+EXP_AVG, EXP_AVG_SQ, FLOOR, SPAN, MASTER, KIND, ROWS, COLS, FIRST, END, SCALARS = range(8, 19)
 BAD_DTYPE, BAD_LAYOUT, BAD_POINTER, BAD_ISA, BAD_THREADS = range(1, 6)
 
 FIELDS = [
     *((field, value, BAD_DTYPE) for field in (PARAM_DTYPE, GRAD_DTYPE) for value in (-1, 3)),
     (GRAD_DTYPE, 1, BAD_DTYPE),  # of a float32 parameter
+    *((KIND, value, BAD_DTYPE) for value in (-1, 1, 2, 3, 4)),  # of a float32 parameter as well
+    (MASTER, 8, BAD_POINTER),  # of no kind
     *((field, -1, BAD_LAYOUT) for field in (ROWS, COLS, FIRST, END, SCALARS, PARAM_DIMS, GRAD_DIMS)),
     *((field, 9, BAD_LAYOUT) for field in (PARAM_DIMS, GRAD_DIMS)),
     *((field, 1, BAD_LAYOUT) for field in (PARAM_DIMS, GRAD_DIMS, SCALARS)),  # dimensions without a shape

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from lowmem_adam import AdamW8bit
 from lowmem_adam.layout import Layout
 from tests.cases import DTYPES, SHAPES, copied, make_params, params_of, set_gradients
+from tests.kernel_cases import UPDATES
 
 STEPS = 20
 HALF = 10
@@ -21,15 +22,22 @@ RESUMED = 4
 SMALL_BUCKET = 0.125
 """MiB: several buckets, and large parameters in more than one of them."""
 
-# moments, dtype of the parameters, MiB of a bucket
-VARIANTS = tuple(
-    (moments, dtype, bucket)
-    for moments in ("8bit", "32bit")
-    for dtype, bucket in zip(DTYPES, (SMALL_BUCKET, 64.0, SMALL_BUCKET), strict=True)
+# moments, dtype of the parameters, MiB of a bucket, how 16-bit parameters are updated
+VARIANTS = (
+    *(
+        (moments, dtype, bucket, "stochastic")
+        for moments in ("8bit", "32bit")
+        for dtype, bucket in zip(DTYPES, (SMALL_BUCKET, 64.0, SMALL_BUCKET), strict=True)
+    ),
+    ("8bit", torch.bfloat16, SMALL_BUCKET, "split"),
+    ("32bit", torch.float16, SMALL_BUCKET, "split in 24 bits"),
+    ("8bit", torch.bfloat16, SMALL_BUCKET, "fp32"),
 )
 
 
-def optimizer(moments: str, dtype: torch.dtype, bucket: float, shard_group: Any, seed: int = 0) -> AdamW8bit:
+def optimizer(
+    moments: str, dtype: torch.dtype, bucket: float, update: str, shard_group: Any, seed: int = 0
+) -> AdamW8bit:
     """Parameters of every shape in two groups, and one of another dtype; the second group has settings of its own."""
     params = make_params(SHAPES, dtype, seed=seed)
     other = make_params(SHAPES[:1], torch.bfloat16 if dtype == torch.float32 else torch.float32, seed=seed + 1)
@@ -38,7 +46,8 @@ def optimizer(moments: str, dtype: torch.dtype, bucket: float, shard_group: Any,
         {"params": params[:half]},
         {"params": params[half:] + other, "lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.99)},
     ]
-    return AdamW8bit(groups, lr=1e-2, moments=moments, shard_group=shard_group, bucket_cap_mb=bucket)
+    settings: dict[str, Any] = {"moments": moments, "bucket_cap_mb": bucket, **UPDATES[update]}
+    return AdamW8bit(groups, lr=1e-2, shard_group=shard_group, **settings)
 
 
 def take_steps(opt: AdamW8bit, steps: range) -> None:
@@ -91,6 +100,7 @@ def train_and_save_job(rank: int, folder: Path) -> Any:
         blocks = [Layout.of(p.shape).n_blocks for p in params_of(opt)]
         found[name_of(variant)] = {
             "params": values(opt),
+            "weights": [opt.master_weight(param) for param in params_of(opt)],
             "state": consolidated,
             "memory": opt.memory_report()["ranks"],
             "held": sum(v.nbytes for s in opt.state.values() for v in s.values()),

@@ -22,6 +22,7 @@ from tests.cases import DTYPES, generator
 from tests.kernel_cases import (
     CHANGES,
     MEMORY,
+    UPDATES,
     Case,
     Snapshot,
     assert_same,
@@ -48,6 +49,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 every_pair = pytest.mark.parametrize(
     "dtypes", cases.DTYPE_PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
 )
+every_update = pytest.mark.parametrize("update", UPDATES)
 both_moments = pytest.mark.parametrize("moments", ["8bit", "32bit"])
 
 
@@ -56,12 +58,13 @@ def hostile(changes: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], mo
     kinds, cols = list(itertools.product(cases.GRADIENTS, cases.WEIGHTS)), 150
     weights = cases.rows_of([weight for _, weight in kinds], cases.WEIGHTS, cols, dtypes[0], 1)
     steps = []
+    master = cases.random_master(weights, changes, 3)
     for step in range(3):
         shift = step // 2 * len(cases.WEIGHTS)
         shifted = [kinds[(row + shift) % len(kinds)][0] for row in range(len(kinds))]
         grad = cases.rows_of(shifted, cases.GRADIENTS, cols, dtypes[1], 2, step)
         steps.append((grad, scalars(step + 1, **changes)))
-    return Case(whole(weights, steps[0][0], moments), steps)
+    return Case(whole(weights, steps[0][0], moments, master), steps)
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,7 +149,7 @@ def all_halves(dtype: torch.dtype) -> Tensor:
 
 @every_isa
 @both_moments
-@pytest.mark.parametrize("update", ["stochastic", "nearest"])
+@every_update
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_of_16_bits_as_weight_and_as_gradient(
     dtype: torch.dtype, update: str, moments: str, isa: str
@@ -155,12 +158,12 @@ def test_every_number_of_16_bits_as_weight_and_as_gradient(
     for weight, grad in ((all_halves(dtype), normal), (normal, all_halves(dtype))):
         for nonfinite in ("skip", "propagate"):
             held = cases.random_moments(Layout(512, 128), moments, 4)
-            case = one_step(weight, grad, held, low_precision_update=update, nonfinite=nonfinite)
+            case = one_step(weight, grad, held, **UPDATES[update], nonfinite=nonfinite)
             assert_native_same(case, isa)
 
 
 @every_isa
-@pytest.mark.parametrize("update", ["stochastic", "nearest"])
+@every_update
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_every_weight_between_two_of_16_bits(dtype: torch.dtype, update: str, isa: str) -> None:
     """Where two numbers of 16 bits meet: each, the middle to the next, one bit to both sides, and any.
@@ -175,18 +178,16 @@ def test_rounding_of_every_weight_between_two_of_16_bits(dtype: torch.dtype, upd
     moment = (bits + torch.cat([special, drawn], dim=1)).view(torch.float32)
     weight = torch.zeros(moment.shape, dtype=dtype)
     changes: dict[str, Any] = {"lr": 1.0, "betas": (0.5, 0.0), "eps": 1.0, "weight_decay": 0.0}
-    case = one_step(
-        weight, weight, FullMoments(moment, torch.zeros_like(moment)), 1, low_precision_update=update, **changes
-    )
+    case = one_step(weight, weight, FullMoments(moment, torch.zeros_like(moment)), 1, **UPDATES[update], **changes)
     wanted = play(case)
-    if update == "nearest":
+    if update in ("nearest", "fp32"):
         exact = ~(moment.view(-1).abs() < 2.0**-125)
         assert not cases.different(wanted[0]["param"].view(-1), (0.0 - moment.view(-1)).to(dtype))[exact].any()
     assert_same(wanted, play(case, native(isa)), isa)
 
 
 @every_isa
-@pytest.mark.parametrize("update", ["stochastic", "nearest"])
+@every_update
 @every_pair
 def test_a_nan_stays_one_through_steps_with_finite_gradients(
     dtypes: tuple[torch.dtype, torch.dtype], update: str, isa: str
@@ -195,11 +196,14 @@ def test_a_nan_stays_one_through_steps_with_finite_gradients(
     nan = cases.rows_of(["NaN of odd payloads"], cases.GRADIENTS, 300, dtypes[1], 6)
     finite = torch.randn(1, 300, generator=generator(7))
     grads = [nan, *(finite.to(dtypes[1]) for _ in range(3))]
-    steps = [(g, scalars(t + 1, nonfinite="propagate", low_precision_update=update)) for t, g in enumerate(grads)]
+    changes = {**UPDATES[update], "nonfinite": "propagate"}
+    steps = [(g, scalars(t + 1, **changes)) for t, g in enumerate(grads)]
     # Fresh weights before the second step would be a loaded checkpoint: the moments keep the NaN, the weights do not.
-    first = play(Case(whole(finite.to(dtypes[0]), nan, "32bit"), steps[:1]))[0]
+    weight = finite.to(dtypes[0])
+    master = cases.zero_master(weight, changes)
+    first = play(Case(whole(weight, nan, "32bit", master), steps[:1]))[0]
     assert first["exp_avg"][::3].isnan().all()
-    start = whole(finite.to(dtypes[0]), finite, FullMoments(first["exp_avg"], first["exp_avg_sq"]))
+    start = whole(weight, finite, FullMoments(first["exp_avg"], first["exp_avg_sq"]), master)
     case = Case(start, steps[1:])
     got = play(case, native(isa))
     assert got[0]["param"][::3].isnan().all()
@@ -213,7 +217,7 @@ def test_nothing_to_do_changes_nothing(moments: str, dtype: torch.dtype, isa: st
     kinds = [kind for kind in cases.WEIGHTS if kind != "not finite"]
     weight = cases.rows_of(kinds, cases.WEIGHTS, 200, dtype, 8)
     l2 = {"decoupled": False, "weight_decay": 0.0}
-    rows: tuple[dict[str, Any], ...] = ({}, {"low_precision_update": "nearest"}, {"maximize": True}, {"eps": 0.0}, l2)
+    rows: tuple[dict[str, Any], ...] = (*UPDATES.values(), {"maximize": True}, {"eps": 0.0}, l2)
     for changes in rows:
         case = one_step(weight, torch.zeros_like(weight), moments, 1, lr=0.0, **changes)
         assert_same([snapshot(case.start)], play(case, native(isa)))
@@ -238,12 +242,14 @@ def test_one_bit_of_one_code_shows(name: str) -> None:
 @every_isa
 @both_moments
 @every_pair
-def test_tails_of_every_length(dtypes: tuple[torch.dtype, torch.dtype], moments: str, isa: str) -> None:
+@every_update
+def test_tails_of_every_length(update: str, dtypes: tuple[torch.dtype, torch.dtype], moments: str, isa: str) -> None:
     made = []
     for cols in (*range(1, 131), 255, 256, 257, 383, 400):
         param = torch.randn(2, cols, generator=generator(11, cols)).to(dtypes[0])
         grad = torch.randn(2, cols, generator=generator(12, cols)).to(dtypes[1])
-        made.append(one_step(param, grad, cases.random_moments(Layout(2, cols), moments, 13, cols), 3 + cols % 2))
+        held = cases.random_moments(Layout(2, cols), moments, 13, cols)
+        made.append(one_step(param, grad, held, 3 + cols % 2, **UPDATES[update]))
     wanted, got = one_by_one(made), together(made, isa)
     assert_same(wanted[0], got[0], isa)
     assert wanted[1] == got[1] == 0
@@ -289,16 +295,17 @@ def test_thread_counts(threads: int, isa: str) -> None:
 @every_isa
 @both_moments
 @every_dtype
+@pytest.mark.parametrize("update", ["stochastic", *cases.MASTERS])
 @pytest.mark.parametrize("shape", [(7, 300), (40, 9), (1, 2000)], ids=str)
-def test_split_at_any_blocks(shape: tuple[int, int], dtype: torch.dtype, moments: str, isa: str) -> None:
+def test_split_at_any_blocks(shape: tuple[int, int], update: str, dtype: torch.dtype, moments: str, isa: str) -> None:
     layout = Layout.of(shape)
     param = torch.randn(shape, generator=generator(16)).to(dtype)
     steps = []
     for step in (1, 2, 3):
         grad = torch.randn(shape, generator=generator(17, step)).to(dtype)
         grad.view(-1)[layout.block_start(layout.n_blocks // 2)] = torch.nan
-        steps.append((grad, scalars(step)))
-    case = Case(whole(param, steps[0][0], moments), steps)
+        steps.append((grad, scalars(step, **UPDATES[update])))
+    case = Case(whole(param, steps[0][0], moments, cases.random_master(param, UPDATES[update], 28)), steps)
     drawn = random.Random(18)
 
     def in_pieces(fragment: Fragment, record: StepScalars) -> int:
@@ -338,8 +345,11 @@ def test_nothing_at_all() -> None:
 @every_isa
 @both_moments
 @every_pair
+@pytest.mark.parametrize("update", ["stochastic", *cases.MASTERS])
 @pytest.mark.parametrize("name", MEMORY)
-def test_any_memory_layout(name: str, dtypes: tuple[torch.dtype, torch.dtype], moments: str, isa: str) -> None:
+def test_any_memory_layout(
+    name: str, update: str, dtypes: tuple[torch.dtype, torch.dtype], moments: str, isa: str
+) -> None:
     """Of the parameter, of the gradient, and of both, at first; the state's is the parameter's order in each case."""
     shape, lay_out, dims = MEMORY[name]
     param = torch.randn(shape, generator=generator(21)).to(dtypes[0])
@@ -352,8 +362,10 @@ def test_any_memory_layout(name: str, dtypes: tuple[torch.dtype, torch.dtype], m
         (lay_out(param), grads),
         (param, [*map(lay_out, grads)]),
     ):
-        case = Case(whole(weight, laid[0], moments), [(grad, scalars(t + 1)) for t, grad in enumerate(laid)])
-        assert_native_same(case, isa)
+        steps = [(grad, scalars(t + 1, **UPDATES[update])) for t, grad in enumerate(laid)]
+        assert_native_same(
+            Case(whole(weight, laid[0], moments, cases.random_master(param, UPDATES[update], 29)), steps), isa
+        )
 
 
 @every_isa
@@ -391,12 +403,15 @@ def test_what_is_cached_of_a_parameter_does_not_hold_a_gradient(isa: str) -> Non
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"nonfinite": "propagate"}, {"eps": 1e-40}, {"lr": 1e-42}, {"decoupled": False, "weight_decay": 1e-40}],
+    [
+        *({}, {"nonfinite": "propagate"}, {"eps": 1e-40}, {"lr": 1e-42}, {"decoupled": False, "weight_decay": 1e-40}),
+        *map(UPDATES.__getitem__, cases.MASTERS),
+    ],
     ids=str,
 )
 def test_flushing_of_denormals_changes_nothing(changes: dict[str, Any], threads: int, isa: str) -> None:
     """Torch sets it for the calling thread only: results would depend on the thread that has a block."""
-    made = [hostile(changes, pair, moments) for pair in cases.DTYPE_PAIRS[:2] for moments in ("8bit", "32bit")]
+    made = [hostile(changes, pair, moments) for pair in cases.DTYPE_PAIRS[::2] for moments in ("8bit", "32bit")]
     wanted = [play(case) for case in made]
     tiny = torch.full((8,), 1e-40)
     if not torch.set_flush_denormal(True):

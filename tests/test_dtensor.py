@@ -22,7 +22,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lowmem_adam import AdamW8bit, checkpoint
+from lowmem_adam.local import whole_tensor
 from tests.cases import assert_same_bits, copied, differ, gradient
+from tests.kernel_cases import UPDATES
 from tests.ranks import NEEDS_GLOO, on_ranks
 
 pytestmark = NEEDS_GLOO
@@ -34,6 +36,11 @@ COLUMNS: Shapes = [(40, 1024), (24, 512), (20, 8, 64), (96, 257)]
 
 S0, S1, R = Shard(0), Shard(1), Replicate()
 DTYPES = (torch.float32, torch.bfloat16)
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    **{f"bfloat16, {update}": (torch.bfloat16, UPDATES[update]) for update in ("stochastic", "split", "fp32")},
+}
+"""Of parameters, and how they are updated."""
 FILLERS = 8
 """Process groups made before those of a mesh, so that those are named 9 to 12."""
 
@@ -62,15 +69,18 @@ def take_steps(opt: AdamW8bit, steps: range) -> None:
 
 def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return whole_tensor(value)
     return {key: whole(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def found_in(opt: AdamW8bit) -> dict[str, Any]:
     """All parameters and all state, put together."""
-    params = [copied(whole(param)) for param in opt.param_groups[0]["params"]]
+    params = opt.param_groups[0]["params"]
+    weights = [opt.master_weight(param) for param in params]
+    assert [isinstance(weight, DTensor) for weight in weights] == [isinstance(param, DTensor) for param in params]
     return {
-        "params": params,
+        "params": [copied(whole(param)) for param in params],
+        "weights": [copied(whole(weight)) for weight in weights],
         "state": copied(whole(opt.state_dict()["state"])),
         "bytes": opt.memory_report()["total_bytes"],
     }
@@ -84,14 +94,17 @@ def rows_job(rank: int, folder: Path) -> Any:
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     found = {}
-    for dtype in DTYPES:
+    for name, (dtype, settings) in KINDS.items():
         shapes = [shape for shape in ROWS if world != 3 or shape != (131072,)]
-        opt = AdamW8bit(placed(whole_params(shapes, dtype), mesh, [S0]), lr=1e-2)
+        opt = AdamW8bit(placed(whole_params(shapes, dtype), mesh, [S0]), lr=1e-2, **settings)
         take_steps(opt, range(3))
         params = dict(enumerate(opt.param_groups[0]["params"]))
-        dcp_save({"params": params, "optimizer": opt.sharded_state_dict()}, checkpoint_id=folder / f"{dtype}-{world}")
+        dcp_save({"params": params, "optimizer": opt.sharded_state_dict()}, checkpoint_id=folder / f"{name}-{world}")
         take_steps(opt, range(3, 6))
-        found[str(dtype)] = found_in(opt)
+        found[name] = found_in(opt)
+        consolidated = opt.consolidate_state_dict()
+        if consolidated is not None:
+            assert_same_bits(consolidated["state"], found[name]["state"], name)
     return found
 
 
@@ -100,13 +113,13 @@ def load_job(rank: int, folder: Path) -> Any:
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     found = {}
-    for dtype in DTYPES:
+    for name, (dtype, settings) in KINDS.items():
         values = whole_params(ROWS, dtype, seed=1)
         plain = [nn.Parameter(value.clone()) for value in values]
         for kind, opt in {
-            "dtensor": AdamW8bit(placed(values, mesh, [S0]), lr=1e-2) if world != 3 else None,
-            "shards": AdamW8bit(plain, lr=1e-2, shard_group="world"),
-            "alone": AdamW8bit([nn.Parameter(value.clone()) for value in values], lr=1e-2),
+            "dtensor": AdamW8bit(placed(values, mesh, [S0]), lr=1e-2, **settings) if world != 3 else None,
+            "shards": AdamW8bit(plain, lr=1e-2, shard_group="world", **settings),
+            "alone": AdamW8bit([nn.Parameter(value.clone()) for value in values], lr=1e-2, **settings),
         }.items():
             if opt is None:
                 continue
@@ -114,10 +127,10 @@ def load_job(rank: int, folder: Path) -> Any:
                 "params": dict(enumerate(opt.param_groups[0]["params"])),
                 "optimizer": opt.sharded_state_dict(),
             }
-            dcp_load(saved, checkpoint_id=folder / f"{dtype}-2")
+            dcp_load(saved, checkpoint_id=folder / f"{name}-2")
             opt.load_state_dict(saved["optimizer"])
             take_steps(opt, range(3, 6))
-            found[f"{dtype}-{kind}"] = found_in(opt)["params"]
+            found[f"{name}-{kind}"] = found_in(opt)["params"]
     return found
 
 
@@ -314,44 +327,46 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     return {world: on_ranks(world, two_ranks_job if world == 2 else other_ranks_job, folder) for world in (2, 1, 3, 4)}
 
 
-def straight(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
+def straight(shapes: Shapes, name: str) -> dict[str, Any]:
     """One process with plain parameters."""
-    opt = AdamW8bit([nn.Parameter(value) for value in whole_params(shapes, dtype)], lr=1e-2)
+    dtype, settings = KINDS[name]
+    opt = AdamW8bit([nn.Parameter(value) for value in whole_params(shapes, dtype)], lr=1e-2, **settings)
     take_steps(opt, range(6))
     return found_in(opt)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_rows_on_any_number_of_ranks_give_the_bits_of_one_process(
-    ranks: dict[int, list[Any]], dtype: torch.dtype, world: int
+    ranks: dict[int, list[Any]], name: str, world: int
 ) -> None:
-    wanted = straight([shape for shape in ROWS if world != 3 or shape != (131072,)], dtype)
+    wanted = straight([shape for shape in ROWS if world != 3 or shape != (131072,)], name)
     for found in ranks[world]:
-        result = found["rows_job"][str(dtype)]
+        result = found["rows_job"][name]
         # Vectors cut inside of a block round to bfloat16 by other numbers than whole ones.
         vectors = [i for i, param in enumerate(wanted["params"]) if param.ndim == 1 and param.numel() < 65536]
         for index in range(len(wanted["params"])):
-            if dtype == torch.float32 or index not in vectors or world == 1:
+            if not name.endswith("stochastic") or index not in vectors or world == 1:
+                assert_same_bits(result["weights"][index], wanted["weights"][index], f"weight {index}")
                 assert_same_bits(result["params"][index], wanted["params"][index], f"parameter {index}")
                 assert_same_bits(result["state"][index], wanted["state"][index], f"state {index}")
-    total = sum(found["rows_job"][str(dtype)]["bytes"] for found in ranks[world])
+    total = sum(found["rows_job"][name]["bytes"] for found in ranks[world])
     steps = 8 * len(wanted["params"])  # every rank counts steps
     assert total - world * steps == wanted["bytes"] - steps
 
 
 @pytest.mark.parametrize("kind", ["dtensor", "shards", "alone"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_state_saved_as_dtensors_is_loaded_by_any_other_arrangement(
-    ranks: dict[int, list[Any]], dtype: torch.dtype, world: int, kind: str
+    ranks: dict[int, list[Any]], name: str, world: int, kind: str
 ) -> None:
     if (world, kind) == (3, "dtensor"):
         pytest.skip("three ranks cut (131072,) through a block")
-    wanted = straight(ROWS, dtype)["params"]
+    wanted = straight(ROWS, name)["params"]
     for found in ranks[world]:
-        for index, param in enumerate(found["load"][f"{dtype}-{kind}"]):
-            if dtype == torch.float32 or param.ndim > 1:
+        for index, param in enumerate(found["load"][f"{name}-{kind}"]):
+            if not name.endswith("stochastic") or param.ndim > 1:
                 assert_same_bits(param, wanted[index], f"parameter {index}")
 
 
@@ -374,7 +389,7 @@ def straight_columns(dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["rows", "replicas", "rows of rows"])
 def test_rows_on_a_mesh_of_two_dimensions(ranks: dict[int, list[Any]], name: str) -> None:
-    wanted = straight(ROWS, torch.float32)
+    wanted = straight(ROWS, "float32")
     for found in ranks[4]:
         assert_same_bits(found["grid"][name]["params"], wanted["params"])
         assert_same_bits(found["grid"][name]["state"], wanted["state"])
@@ -382,7 +397,7 @@ def test_rows_on_a_mesh_of_two_dimensions(ranks: dict[int, list[Any]], name: str
 
 def test_rows_and_columns_on_a_mesh_of_two_dimensions(ranks: dict[int, list[Any]]) -> None:
     """Columns are coded by numbers of their own, so only nearly as one process does it."""
-    wanted = straight([(40, 1024), (64, 512)], torch.float32)
+    wanted = straight([(40, 1024), (64, 512)], "float32")
     for found in ranks[4]:
         result = found["grid"]["rows and columns"]
         for got, expected in zip(result["params"], wanted["params"], strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cases import assert_same_bits, copied, differ
+from tests.cases import assert_same_bits, copied, differ, params_of
 from tests.ranks import NEEDS_GLOO, on_ranks
 from tests.shard_cases import (
     HALF,
@@ -58,6 +58,7 @@ def straight() -> Found:
         take_steps(opt, range(HALF + RESUMED, STEPS))
         found[name_of(variant)] = {
             "params": values(opt),
+            "weights": [opt.master_weight(param) for param in params_of(opt)],
             "state": opt.state_dict(),
             "half": half,
             "resumed": resumed,
@@ -82,6 +83,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(
         assert differ(wanted["params"], wanted["half"])
         for rank, found in enumerate(runs[world_size]):
             assert_same_bits(found[variant]["params"], wanted["params"], f"{variant}, parameters of rank {rank}")
+            assert_same_bits(found[variant]["weights"], wanted["weights"], f"{variant}, weights on rank {rank}")
         assert_same_bits(stepped(runs[world_size][0][variant]["state"]), wanted["state"], f"{variant}, state")
 
 

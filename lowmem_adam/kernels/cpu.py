@@ -24,19 +24,20 @@ from lowmem_adam.codec import FORMAT, SMALLEST_NORMAL, mix32
 from lowmem_adam.kernels import reference
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, StepScalars, Work
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_DIMS = 8
 ISAS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets by the numbers that the library has for them."""
 
 _BEST = -1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MASTER_KINDS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
 _FORKED = 6
 _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 5: "number of threads"}
 
-# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; rows, cols, first_block, end_block,
-# index of the scalars: struct lowmem_adam_fragment.
-_FRAGMENT = struct.Struct("QQii QQii QQQQ qqqqq")
+# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; master and its kind; rows, cols,
+# first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
+_FRAGMENT = struct.Struct("QQii QQii QQQQ Qq qqqqq")
 # Nine float32, as such or by their bits, two flags, seed and step: struct lowmem_adam_scalars.
 _SCALARS = struct.Struct("9f ii II")
 _SCALARS_BY_BITS = struct.Struct("9I ii II")
@@ -236,8 +237,7 @@ class _Packed:
             # A view with the sign bit, such as the imaginary part of a conjugate, has other values than its memory.
             grad_tensor = fragment.grad.resolve_neg()
             grad = _Place(grad_tensor)
-            walkable = place.param.dims <= MAX_DIMS and grad.dims <= MAX_DIMS and not fragment.param.is_neg()
-            if not walkable or fragment.master is not None:
+            if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS or fragment.param.is_neg():
                 self.left_over.append(item)
                 continue
             self._kept += (place, grad, grad_tensor)
@@ -283,6 +283,8 @@ class _FragmentPlace:
         pointers = [tensor.data_ptr() for tensor in moments]
         if not isinstance(moments, CodedMoments):
             pointers += [0, 0]
+        master = fragment.master
+        pointers += (0, 0) if master is None else (master.data_ptr(), _MASTER_KINDS[master.dtype])
         self.rest = (*pointers, layout.rows, layout.cols, fragment.first_block, fragment.end_block)
 
 
@@ -338,7 +340,7 @@ def _float32_bits(value: float) -> int:
 
 
 def _check(fragment: Fragment) -> None:
-    """Everything about parameter and moments that the library takes on trust."""
+    """Everything about parameter, moments and master that the library takes on trust."""
     param, moments, layout = fragment.param, fragment.moments, fragment.layout
     numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
     if param.dtype not in _DTYPES or param.numel() != numel or not param.is_cpu:
@@ -357,7 +359,16 @@ def _check(fragment: Fragment) -> None:
         )
     else:
         held = (("exp_avg", torch.float32, numel), ("exp_avg_sq", torch.float32, numel))
-    for (name, dtype, elements), tensor in zip(held, moments, strict=True):
+    tensors: tuple[Tensor, ...] = moments
+    master = fragment.master
+    if master is not None:
+        if param.dtype == torch.float32 or master.dtype not in _MASTER_KINDS:
+            raise ValueError(
+                f"master of dtype {master.dtype} for a parameter of dtype {param.dtype}; accepted: "
+                f"{', '.join(map(str, _MASTER_KINDS))} for one of torch.bfloat16 or torch.float16"
+            )
+        held, tensors = (*held, ("master", master.dtype, numel)), (*moments, master)
+    for (name, dtype, elements), tensor in zip(held, tensors, strict=True):
         if tensor.dtype != dtype or tensor.numel() != elements or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(
                 f"{name} of dtype {tensor.dtype} has {tensor.numel()} elements on {tensor.device}, contiguous: "

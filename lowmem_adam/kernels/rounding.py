@@ -96,7 +96,7 @@ def split(weight: Tensor, dtype: torch.dtype, master: torch.dtype, words: Tensor
     if words is not None:
         word = (word + (words >> 8)) & -256
     half = (word + 0x8000) >> 16
-    rest = (word - (half << 16)).mul_(half < _INFINITE_HALF[dtype])
+    rest = word - (half << 16)
     sign = (weight.view(torch.int32) >> 16) & 0x8000
     param = (half | sign).to(torch.int16).view(dtype)
     return param, rest.to(torch.int16) if master == torch.int16 else (rest >> 8).to(torch.int8)

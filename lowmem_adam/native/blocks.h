@@ -62,16 +62,17 @@ inline void copy_out(const lowmem_adam_tensor &to, const T *from, int64_t start,
 }
 
 // Room for one block: short ones, and those of tensors that are not contiguous, are stepped here.
-template <class P, class G, class M1, class M2>
+template <class P, class G, class M1, class M2, Rounding rounding>
 struct Stage {
     alignas(64) typename P::Stored param[kBlockSize];
     alignas(64) typename G::Stored grad[kBlockSize];
     alignas(64) M1 exp_avg[kBlockSize];
     alignas(64) M2 exp_avg_sq[kBlockSize];
+    alignas(64) typename Master<rounding>::Stored master[keeps_master(rounding) ? kBlockSize : 1];
 };
 
 // Steps the blocks [first, end) of one fragment.
-template <class V, class P, class G, class M1, class M2, bool stochastic>
+template <class V, class P, class G, class M1, class M2, Rounding rounding>
 class BlockLoop {
     static constexpr bool kCoded = sizeof(M1) == 1;
     static constexpr int kQuad = 4 * V::kLanes;
@@ -95,7 +96,8 @@ class BlockLoop {
     }
 
    private:
-    using Block = BlockData<P, G>;
+    using Block = BlockData<P, G, rounding>;
+    using Rest = typename Master<rounding>::Stored;
 
     Block block_at(int64_t b, int64_t start) const {
         Block block;
@@ -106,6 +108,7 @@ class BlockLoop {
         block.exp_avg_sq = static_cast<M2 *>(f_.exp_avg_sq) + start;
         block.floor = kCoded ? f_.block_floor + (b - f_.first_block) : nullptr;
         block.span = kCoded ? f_.block_span + (b - f_.first_block) : nullptr;
+        block.master = keeps_master(rounding) ? static_cast<Rest *>(f_.master) + start : nullptr;
         return block;
     }
 
@@ -133,7 +136,7 @@ class BlockLoop {
     template <Path path>
     __attribute__((noinline)) void step_staged(int64_t b, int64_t start, int n) {
         flush();
-        Stage<P, G, M1, M2> stage;
+        Stage<P, G, M1, M2, rounding> stage;
         Block block = block_at(b, start);
         M1 *exp_avg = static_cast<M1 *>(block.exp_avg);
         M2 *exp_avg_sq = static_cast<M2 *>(block.exp_avg_sq);
@@ -149,20 +152,27 @@ class BlockLoop {
         block.grad = stage.grad;
         block.exp_avg = stage.exp_avg;
         block.exp_avg_sq = stage.exp_avg_sq;
+        Rest *master = block.master;
+        if (keeps_master(rounding)) {
+            __builtin_memset(stage.master, 0, sizeof stage.master);
+            __builtin_memcpy(stage.master, master, length * sizeof(Rest));
+            block.master = stage.master;
+        }
         step<path>(block, b);
         flush();
         copy_out(f_.param, stage.param, start, n);
         __builtin_memcpy(exp_avg, stage.exp_avg, length * sizeof(M1));
         __builtin_memcpy(exp_avg_sq, stage.exp_avg_sq, length * sizeof(M2));
+        if (keeps_master(rounding)) __builtin_memcpy(master, stage.master, length * sizeof(Rest));
     }
 
     template <Path path>
     LOWMEM_ADAM_INLINE void step(const Block &block, int64_t b) {
-        const BlockDither dither(s_, b, stochastic);
+        const BlockDither dither(s_, b, is_dithered(rounding));
         if (kCoded && path != Path::careful) {
             // A staged block is not whole, and never has one pending before it.
             Pending *before = pending_, &current = rooms_[before == &rooms_[0]];
-            const bool stepped = coded_block<V, P, G, path, stochastic>(h_, block, dither, before, current);
+            const bool stepped = coded_block<V, P, G, path, rounding>(h_, block, dither, before, current);
             pending_ = stepped ? &current : nullptr;
             pending_count_ = block.count;
             if (!stepped) step_checked<path>(block, dither);
@@ -179,11 +189,11 @@ class BlockLoop {
         if (s_.skip_nonfinite && !finite) {
             ++skipped_;
         } else if (kCoded) {
-            careful_block<V, P, G, stochastic>(h_, block, dither);
+            careful_block<V, P, G, rounding>(h_, block, dither);
         } else if (finite) {
-            full_block<V, P, G, path, stochastic>(h_, block, dither);
+            full_block<V, P, G, path, rounding>(h_, block, dither);
         } else {
-            full_block<V, P, G, Path::careful, stochastic>(h_, block, dither);
+            full_block<V, P, G, Path::careful, rounding>(h_, block, dither);
         }
     }
 
@@ -206,20 +216,31 @@ class BlockLoop {
     int pending_count_ = 0;
 };
 
-template <class V, class P, class G, bool stochastic>
+template <class V, class P, class G, Rounding rounding>
 int64_t with_moments(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
-    if (f.block_floor) return BlockLoop<V, P, G, int8_t, uint8_t, stochastic>(f, s).run(first, end);
-    return BlockLoop<V, P, G, float, float, stochastic>(f, s).run(first, end);
+    if (f.block_floor) return BlockLoop<V, P, G, int8_t, uint8_t, rounding>(f, s).run(first, end);
+    return BlockLoop<V, P, G, float, float, rounding>(f, s).run(first, end);
+}
+
+template <class V, class P, class G>
+int64_t with_rounding(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
+    switch (f.master_kind) {
+        case LOWMEM_ADAM_MASTER_FLOAT32:
+            return with_moments<V, P, G, Rounding::full>(f, s, first, end);
+        case LOWMEM_ADAM_MASTER_INT16:
+            return with_moments<V, P, G, Rounding::split16>(f, s, first, end);
+        case LOWMEM_ADAM_MASTER_INT8:
+            return with_moments<V, P, G, Rounding::split8>(f, s, first, end);
+        default:
+            return s.stochastic ? with_moments<V, P, G, Rounding::stochastic>(f, s, first, end)
+                                : with_moments<V, P, G, Rounding::nearest>(f, s, first, end);
+    }
 }
 
 template <class V, class P>
 int64_t with_grad(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
-    if (f.grad.dtype == LOWMEM_ADAM_FLOAT32) {
-        return s.stochastic ? with_moments<V, P, Float32, true>(f, s, first, end)
-                            : with_moments<V, P, Float32, false>(f, s, first, end);
-    }
-    return s.stochastic ? with_moments<V, P, P, true>(f, s, first, end)
-                        : with_moments<V, P, P, false>(f, s, first, end);
+    return f.grad.dtype == LOWMEM_ADAM_FLOAT32 ? with_rounding<V, P, Float32>(f, s, first, end)
+                                               : with_rounding<V, P, P>(f, s, first, end);
 }
 
 template <class V>
@@ -230,7 +251,7 @@ int64_t step_blocks_of(const lowmem_adam_fragment &f, const lowmem_adam_scalars 
         case LOWMEM_ADAM_FLOAT16:
             return with_grad<V, Float16>(f, s, first, end);
         default:
-            return with_moments<V, Float32, Float32, false>(f, s, first, end);
+            return with_moments<V, Float32, Float32, Rounding::nearest>(f, s, first, end);
     }
 }
 

@@ -57,13 +57,13 @@ LOWMEM_ADAM_INLINE void decode_ratio(const int8_t *ratio_code, Between &between,
 }
 
 // Decodes the root, steps the moments, and follows the range of the new roots.
-template <class V, class P, class G, Path path>
+template <class V, class P, class G, Path path, Rounding rounding>
 class MomentsPass {
     using F = typename V::F;
     using I = typename V::I;
 
    public:
-    LOWMEM_ADAM_INLINE MomentsPass(const Hyper<V> &h, const BlockData<P, G> &block, Between &between)
+    LOWMEM_ADAM_INLINE MomentsPass(const Hyper<V> &h, const BlockData<P, G, rounding> &block, Between &between)
         : h_(h), block_(block), between_(between), highest_(V::seti(0)), lowest_(V::seti(-1)) {
         const GridBits grid(*block.floor, *block.span);
         per_code_ = V::seti(grid.per_code);
@@ -79,7 +79,9 @@ class MomentsPass {
         });
         four(EACH { exp_avg_sq.v[u] = V::mul(root.v[u], root.v[u]); });
         four(EACH { exp_avg.v[u] = V::mul(V::load(between_.ratio + i + u * V::kLanes), root.v[u]); });
-        if (path != Path::plain) four(EACH { weight.v[u] = widen<V>(P{}, block_.param + i + u * V::kLanes); });
+        if (path != Path::plain && h_.decays_gradient) {
+            weight = load_weight<V, rounding>(P{}, block_.param, block_.master, i);
+        }
         four(EACH { grad.v[u] = widen<V>(G{}, block_.grad + i + u * V::kLanes); });
         step_moments<V, path>(h_, weight, grad, exp_avg, exp_avg_sq, root);
         four(EACH { V::store(between_.exp_avg + i + u * V::kLanes, exp_avg.v[u]); });
@@ -95,7 +97,7 @@ class MomentsPass {
 
    private:
     const Hyper<V> &h_;
-    const BlockData<P, G> block_;
+    const BlockData<P, G, rounding> block_;
     Between &between_;
     I per_code_, base_, highest_, lowest_;
 };
@@ -138,15 +140,15 @@ RootGrid choose_grid_with_zeros(const Between &between, int count, uint8_t *floo
 }
 
 // Steps the weight.
-template <class V, class P, Path path, bool stochastic>
-LOWMEM_ADAM_INLINE void weight_quad(const Hyper<V> &h, typename P::Stored *param, const Between &between,
+template <class V, class P, Path path, Rounding rounding>
+LOWMEM_ADAM_INLINE void weight_quad(const Hyper<V> &h, typename P::Stored *param,
+                                    typename Master<rounding>::Stored *master, const Between &between,
                                     uint32_t update_word, int i) {
-    Quad<V> weight, exp_avg, root;
-    four(EACH { weight.v[u] = widen<V>(P{}, param + i + u * V::kLanes); });
+    Quad<V> weight = load_weight<V, rounding>(P{}, param, master, i), exp_avg, root;
     four(EACH { exp_avg.v[u] = V::load(between.exp_avg + i + u * V::kLanes); });
     four(EACH { root.v[u] = V::load(between.root + i + u * V::kLanes); });
     step_weight<V, path>(h, weight, exp_avg, root);
-    narrow<V, stochastic, path == Path::careful>(P{}, param + i, weight.v, update_word, i);
+    store_weight<V, rounding, path == Path::careful>(P{}, param, master, weight, update_word, i);
 }
 
 // What the ratios refer to: the roots, but none below 2^-126.
@@ -246,8 +248,8 @@ void encode_roots(const Pending &pending, int count) {
 // Steps a block but for the coding of its roots, which is left in `current`, and codes those of the block before, if
 // there is one: that keeps the units busy that do not divide. False where a root is not finite: then nothing of the
 // block has changed, and it has to be stepped with care.
-template <class V, class P, class G, Path path, bool stochastic>
-LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G> block, const BlockDither dither,
+template <class V, class P, class G, Path path, Rounding rounding>
+LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G, rounding> block, const BlockDither dither,
                                     const Pending *before, Pending &current) {
     // By value, so that no store to memory makes the compiler read pointers again.
     constexpr int kQuad = 4 * V::kLanes;
@@ -263,7 +265,7 @@ LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G> blo
         for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
     }
 
-    MomentsPass<V, P, G, path> moments(h, block, between);
+    MomentsPass<V, P, G, path, rounding> moments(h, block, between);
     for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
     const uint32_t highest = moments.highest(), lowest = moments.lowest();
     if (highest >= kInfinityBits) return false;
@@ -274,25 +276,25 @@ LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G> blo
 
     const float *roots = current.grid.zeros ? positive_roots<V>(between, block.count) : between.root;
     for (int i = 0; i < block.count; i += kQuad) {
-        weight_quad<V, P, path, stochastic>(h, block.param, between, dither.update, i);
+        weight_quad<V, P, path, rounding>(h, block.param, block.master, between, dither.update, i);
         encode_ratio<V>(between.exp_avg, roots, dither.moment, dither.nearest, ratio_code, i);
     }
     return true;
 }
 
 // Whatever there is: a denominator of zero, roots and moments that are not finite.
-template <class V, class P, class G, bool stochastic>
-void careful_block(const Hyper<V> &h, const BlockData<P, G> &block, const BlockDither &dither) {
+template <class V, class P, class G, Rounding rounding>
+void careful_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, const BlockDither &dither) {
     using F = typename V::F;
     constexpr int kQuad = 4 * V::kLanes;
     int8_t *ratio_code = static_cast<int8_t *>(block.exp_avg);
     Pending pending;
     Between &between = pending.between;
     for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
-    MomentsPass<V, P, G, Path::careful> moments(h, block, between);
+    MomentsPass<V, P, G, Path::careful, rounding> moments(h, block, between);
     for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
     for (int i = 0; i < block.count; i += kQuad) {
-        weight_quad<V, P, Path::careful, stochastic>(h, block.param, between, dither.update, i);
+        weight_quad<V, P, Path::careful, rounding>(h, block.param, block.master, between, dither.update, i);
     }
 
     // What is not finite does not count for the grid; stand-ins are coded for it.

@@ -83,10 +83,15 @@ int32_t check(const lowmem_adam_fragment &f, int64_t scalars_count) {
     if (p < LOWMEM_ADAM_FLOAT32 || p > LOWMEM_ADAM_FLOAT16 || (g != p && g != LOWMEM_ADAM_FLOAT32)) {
         return LOWMEM_ADAM_BAD_DTYPE;
     }
+    if (f.master_kind < LOWMEM_ADAM_NO_MASTER || f.master_kind > LOWMEM_ADAM_MASTER_INT8 ||
+        (f.master_kind != LOWMEM_ADAM_NO_MASTER && p == LOWMEM_ADAM_FLOAT32)) {
+        return LOWMEM_ADAM_BAD_DTYPE;
+    }
     if (f.first_block == f.end_block) return LOWMEM_ADAM_OK;
     const int64_t numel = block_start(f, f.end_block) - block_start(f, f.first_block);
     if (!good_tensor(f.param, numel) || !good_tensor(f.grad, numel)) return LOWMEM_ADAM_BAD_LAYOUT;
-    if (!f.param.data || !f.grad.data || !f.exp_avg || !f.exp_avg_sq || !f.block_floor != !f.block_span) {
+    if (!f.param.data || !f.grad.data || !f.exp_avg || !f.exp_avg_sq || !f.block_floor != !f.block_span ||
+        !f.master != (f.master_kind == LOWMEM_ADAM_NO_MASTER)) {
         return LOWMEM_ADAM_BAD_POINTER;
     }
     return LOWMEM_ADAM_OK;

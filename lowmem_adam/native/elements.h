@@ -1,4 +1,4 @@
-// Elements of parameters and gradients: their dtypes, how they widen to float32 and are rounded back, their magnitude.
+// Elements of parameters and gradients: their dtypes, how they widen to float32, their magnitude.
 // Like all that follows up to blocks.h, this is written once over a vector type and compiled by each instruction set.
 #ifndef LOWMEM_ADAM_ELEMENTS_H
 #define LOWMEM_ADAM_ELEMENTS_H
@@ -12,9 +12,11 @@ struct Float32 {
 };
 struct BFloat16 {
     using Stored = uint16_t;
+    static constexpr int kInfinity = 0x7F80;
 };
 struct Float16 {
     using Stored = uint16_t;
+    static constexpr int kInfinity = 0x7C00;
 };
 
 // Lane i of a block adds i times the Weyl increment to its block's word: codec.Dither.
@@ -56,56 +58,6 @@ LOWMEM_ADAM_INLINE typename V::F widen(BFloat16, const uint16_t *p) {
 template <class V>
 LOWMEM_ADAM_INLINE typename V::F widen(Float16, const uint16_t *p) {
     return V::load_float16(p);
-}
-
-// Rounds four vectors of new weights to the parameter's dtype and stores them. `word` is the block's, `lane` the first
-// element's place in the block.
-template <class V, bool stochastic, bool careful>
-LOWMEM_ADAM_INLINE void narrow(Float32, float *p, const typename V::F (&x)[4], uint32_t, int) {
-    four(EACH { V::store(p + u * V::kLanes, x[u]); });
-}
-template <class V, bool stochastic, bool careful>
-LOWMEM_ADAM_INLINE void narrow(BFloat16, uint16_t *p, const typename V::F (&x)[4], uint32_t word, int lane) {
-    typename V::I upper[4];
-    four(EACH {
-        const typename V::I bits = V::float_to_bits(x[u]);
-        typename V::I add;
-        if (stochastic) {
-            const typename V::I lanes = V::loadi(kUpdateLanes.words + lane + u * V::kLanes);
-            add = V::template shift_right<16>(V::addi(lanes, V::seti(static_cast<int32_t>(word))));
-        } else {
-            add = V::addi(V::seti(0x7FFF), V::andi(V::template shift_right<16>(bits), V::seti(1)));
-        }
-        typename V::I sum = V::addi(bits, add);
-        if (careful) {  // a carry out of a NaN's bits would make something else of it
-            sum = V::float_to_bits(V::select(V::is_nan(x[u]), x[u], V::bits_to_float(sum)));
-        }
-        upper[u] = V::template shift_right<16>(sum);
-    });
-    V::store_halves(p, upper);
-}
-template <class V, bool stochastic, bool careful>
-LOWMEM_ADAM_INLINE void narrow(Float16, uint16_t *p, const typename V::F (&x)[4], uint32_t word, int lane) {
-    using F = typename V::F;
-    using I = typename V::I;
-    if (!stochastic) {
-        V::store_float16(p, x);
-        return;
-    }
-    F rounded[4];
-    four(EACH {
-        const I lanes = V::loadi(kUpdateLanes.words + lane + u * V::kLanes);
-        const I add = V::template shift_right<19>(V::addi(lanes, V::seti(static_cast<int32_t>(word))));
-        const F normal = V::bits_to_float(V::andi(V::addi(V::float_to_bits(x[u]), add), V::seti(-8192)));
-        const F magnitude = V::abs(x[u]);
-        const F threshold = V::mul(V::to_float(add), V::set(0x1p-13f));
-        // Kept in range, so that what is not selected converts to an integer as well.
-        const F steps = V::mul(V::min(magnitude, V::set(0x1p-14f)), V::set(0x1p24f));
-        const F below = V::mul(V::to_float(V::truncate(V::add(steps, threshold))), V::set(0x1p-24f));
-        rounded[u] = V::select(V::greater(V::set(0x1p-14f), magnitude), V::copy_sign(below, x[u]), normal);
-        if (careful) rounded[u] = V::select(V::is_nan(x[u]), x[u], rounded[u]);
-    });
-    V::store_float16(p, rounded);
 }
 
 // The largest magnitude among a block's gradients; NaN where one is NaN.

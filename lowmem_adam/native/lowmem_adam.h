@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LOWMEM_ADAM_ABI_VERSION 1
+#define LOWMEM_ADAM_ABI_VERSION 2
 
 /* The most dimensions of a tensor that is not contiguous, after neighbours that run on in memory were merged. */
 #define LOWMEM_ADAM_MAX_DIMS 8
@@ -39,6 +39,14 @@ enum lowmem_adam_dtype {
     LOWMEM_ADAM_FLOAT16 = 2,
 };
 
+/* What is kept of a weight beside its 16-bit parameter, an entry an element: kernels/rounding.py. */
+enum lowmem_adam_master_kind {
+    LOWMEM_ADAM_NO_MASTER = 0,
+    LOWMEM_ADAM_MASTER_FLOAT32 = 1, /* the weight */
+    LOWMEM_ADAM_MASTER_INT16 = 2,   /* a correction */
+    LOWMEM_ADAM_MASTER_INT8 = 3,
+};
+
 enum lowmem_adam_isa {
     LOWMEM_ADAM_BEST = -1,
     LOWMEM_ADAM_SCALAR = 0,
@@ -57,7 +65,8 @@ struct lowmem_adam_tensor {
 };
 
 /* Blocks [first_block, end_block) of a parameter of `rows` rows of `cols` elements; all pointers begin at the first of
- * them. With block_floor, exp_avg and exp_avg_sq are int8 and uint8 codes, without it float32, always contiguous. */
+ * them. With block_floor, exp_avg and exp_avg_sq are int8 and uint8 codes, without it float32, always contiguous, as is
+ * master. */
 struct lowmem_adam_fragment {
     struct lowmem_adam_tensor param;
     struct lowmem_adam_tensor grad;
@@ -65,6 +74,8 @@ struct lowmem_adam_fragment {
     void *exp_avg_sq;
     uint8_t *block_floor;
     uint8_t *block_span;
+    void *master;
+    int64_t master_kind;
     int64_t rows;
     int64_t cols;
     int64_t first_block;
@@ -83,7 +94,7 @@ struct lowmem_adam_scalars {
     float shrink;
     float step_size;
     float grad_scale; /* negative to ascend */
-    int32_t stochastic;
+    int32_t stochastic; /* where there is no master */
     int32_t skip_nonfinite;
     uint32_t seed_hash; /* mix32(seed) */
     uint32_t step;      /* modulo 2^32: all that the dither depends on */

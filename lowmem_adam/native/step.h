@@ -3,7 +3,7 @@
 #ifndef LOWMEM_ADAM_STEP_H
 #define LOWMEM_ADAM_STEP_H
 
-#include "elements.h"
+#include "weights.h"
 
 namespace {
 
@@ -28,7 +28,7 @@ struct Hyper {
 };
 
 // The elements of a block: `count` of them, a multiple of four vectors; those beyond the block's own are zeros.
-template <class P, class G>
+template <class P, class G, Rounding rounding>
 struct BlockData {
     int count;
     typename P::Stored *param;
@@ -37,6 +37,7 @@ struct BlockData {
     void *exp_avg_sq;  // uint8 codes or float32
     uint8_t *floor;
     uint8_t *span;
+    typename Master<rounding>::Stored *master;
 };
 
 // Words of a block at one step, and whose turn it is.
@@ -45,10 +46,10 @@ struct BlockDither {
     uint32_t update;
     bool nearest;
 
-    BlockDither(const lowmem_adam_scalars &s, int64_t block, bool stochastic) {
+    BlockDither(const lowmem_adam_scalars &s, int64_t block, bool dithered) {
         const uint32_t key = mix32(static_cast<uint64_t>(block) ^ s.seed_hash);
         moment = key + s.step * kFormat.moment_step;
-        update = stochastic ? mix32(key ^ kFormat.update_key) + s.step * kFormat.update_step : 0;
+        update = dithered ? mix32(key ^ kFormat.update_key) + s.step * kFormat.update_step : 0;
         nearest = ((static_cast<uint32_t>(block) + s.step) & 1u) == 0;
     }
 };
@@ -85,12 +86,12 @@ LOWMEM_ADAM_INLINE void step_weight(const Hyper<V> &h, Quad<V> &weight, const Qu
 }
 
 // A block whose moments are float32.
-template <class V, class P, class G, Path path, bool stochastic>
-inline void full_block(const Hyper<V> &h, const BlockData<P, G> &block, const BlockDither &dither) {
+template <class V, class P, class G, Path path, Rounding rounding>
+inline void full_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, const BlockDither &dither) {
     float *exp_avgs = static_cast<float *>(block.exp_avg), *exp_avg_sqs = static_cast<float *>(block.exp_avg_sq);
     for (int i = 0; i < block.count; i += 4 * V::kLanes) {
         Quad<V> weight, grad, exp_avg, exp_avg_sq, root;
-        four(EACH { weight.v[u] = widen<V>(P{}, block.param + i + u * V::kLanes); });
+        weight = load_weight<V, rounding>(P{}, block.param, block.master, i);
         four(EACH { grad.v[u] = widen<V>(G{}, block.grad + i + u * V::kLanes); });
         four(EACH { exp_avg.v[u] = V::load(exp_avgs + i + u * V::kLanes); });
         four(EACH { exp_avg_sq.v[u] = V::load(exp_avg_sqs + i + u * V::kLanes); });
@@ -99,7 +100,7 @@ inline void full_block(const Hyper<V> &h, const BlockData<P, G> &block, const Bl
         four(EACH { V::store(exp_avgs + i + u * V::kLanes, exp_avg.v[u]); });
         four(EACH { V::store(exp_avg_sqs + i + u * V::kLanes, exp_avg_sq.v[u]); });
         // fp32 moments may hold a NaN of any bits.
-        narrow<V, stochastic, true>(P{}, block.param + i, weight.v, dither.update, i);
+        store_weight<V, rounding, true>(P{}, block.param, block.master, weight, dither.update, i);
     }
 }
 

@@ -49,11 +49,14 @@ struct Avx2 {
     static I min_unsigned(I a, I b) { return _mm256_min_epu32(a, b); }
     template <int n>
     static I shift_right(I a) { return _mm256_srli_epi32(a, n); }
+    template <int n>
+    static I shift_left(I a) { return _mm256_slli_epi32(a, n); }
     // x where code > 0, 0 where code is 0; code is never negative.
     static I where_positive(I code, I x) { return _mm256_sign_epi32(x, code); }
 
     static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
     static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+    static M equal_bits(I a, I b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
     static M is_nan(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
     static I where(M mask, I x) { return andi(_mm256_castps_si256(mask), x); }
     static F select(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
@@ -78,6 +81,27 @@ struct Avx2 {
     static void store_codes(int8_t *p, const I (&x)[4]) {
         const I bytes = _mm256_max_epu8(saturated_bytes(x), _mm256_set1_epi8(1));
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+    }
+
+    // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
+    // no correction, zero has none that is negative. An int8 is the upper half of a correction.
+    static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) join(p + 16 * h, load_whole(rest + 16 * h), infinity, words + 2 * h);
+    }
+    static void load_words(const uint16_t *p, const int8_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(rest + 16 * h));
+            join(p + 16 * h, _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 8), infinity, words + 2 * h);
+        }
+    }
+    // The inverse, of words of any lower half.
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) store_whole(rest + 16 * h, in_order(part(p + 16 * h, words + 2 * h)));
+    }
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        const I first = part(p, words), second = part(p + 16, words + 2);
+        const I bytes = _mm256_packs_epi16(_mm256_srai_epi16(first, 8), _mm256_srai_epi16(second, 8));
+        store_whole(rest, dwords_in_order(bytes));
     }
 
     static F load_bfloat16(const uint16_t *p) {
@@ -126,11 +150,35 @@ struct Avx2 {
         }
     }
     static I saturated_bytes(const I (&x)[4]) {
-        const I mixed = _mm256_packus_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+        return dwords_in_order(_mm256_packus_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3])));
+    }
+    static I dwords_in_order(I mixed) {
         return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     }
-    static void store_pair(uint16_t *p, I a, I b) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8));
+    // Packing works within 128-bit lanes, and so does unpacking, for which this is the order as well.
+    static I in_order(I mixed) { return _mm256_permute4x64_epi64(mixed, 0xD8); }
+    static I load_whole(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+    static void store_whole(void *p, I x) { _mm256_storeu_si256(static_cast<__m256i *>(p), x); }
+    static void store_pair(uint16_t *p, I a, I b) { store_whole(p, in_order(_mm256_packus_epi32(a, b))); }
+    // Two vectors of words: a correction is their lower half, and where it is negative the upper one is one less.
+    static void join(const uint16_t *p, I rest, int infinity, I *words) {
+        const I param = in_order(load_whole(p)), magnitude = andi(param, _mm256_set1_epi16(0x7FFF));
+        const I limit = _mm256_set1_epi16(static_cast<int16_t>(infinity));
+        rest = andi(in_order(rest), _mm256_cmpgt_epi16(limit, magnitude));
+        const I zero = _mm256_cmpeq_epi16(magnitude, _mm256_setzero_si256());
+        rest = _mm256_max_epi16(rest, _mm256_andnot_si256(zero, _mm256_set1_epi16(INT16_MIN)));
+        const I upper = _mm256_add_epi16(param, _mm256_srai_epi16(rest, 15));
+        words[0] = _mm256_unpacklo_epi16(rest, upper);
+        words[1] = _mm256_unpackhi_epi16(rest, upper);
+    }
+    // Stores the parameters of two vectors of words, and returns their corrections as packing leaves them.
+    static I part(uint16_t *p, const I *words) {
+        // Lower halves of a 128-bit lane to its lower part.
+        const I apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        const I first = _mm256_shuffle_epi8(words[0], apart), second = _mm256_shuffle_epi8(words[1], apart);
+        const I rest = _mm256_unpacklo_epi64(first, second), upper = _mm256_unpackhi_epi64(first, second);
+        store_whole(p, in_order(_mm256_sub_epi16(upper, _mm256_srai_epi16(rest, 15))));
+        return rest;
     }
 };
 

@@ -51,11 +51,16 @@ struct Avx512 {
     static I shift_right(I a) {
         return _mm512_srli_epi32(a, n);
     }
+    template <int n>
+    static I shift_left(I a) {
+        return _mm512_slli_epi32(a, n);
+    }
     // x where code > 0, 0 where code is 0; code is never negative.
     static I where_positive(I code, I x) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(code, code), x); }
 
     static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+    static M equal_bits(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
     static M is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
     static I where(M mask, I x) { return _mm512_maskz_mov_epi32(mask, x); }
     static F select(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
@@ -79,6 +84,29 @@ struct Avx512 {
     static void store_codes(int8_t *p, const I (&x)[4]) {
         const I bytes = _mm512_max_epu8(saturated_bytes(x), _mm512_set1_epi8(1));
         _mm512_storeu_si512(p, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+    }
+
+    // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
+    // no correction, zero has none that is negative. An int8 is the upper half of a correction.
+    static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) join(p + 32 * h, _mm512_loadu_si512(rest + 32 * h), infinity, words + 2 * h);
+    }
+    static void load_words(const uint16_t *p, const int8_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rest + 32 * h));
+            join(p + 32 * h, _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 8), infinity, words + 2 * h);
+        }
+    }
+    // The inverse, of words of any lower half.
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) {
+            _mm512_storeu_si512(rest + 32 * h, in_order(part(p + 32 * h, words + 2 * h)));
+        }
+    }
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        const I first = part(p, words), second = part(p + 32, words + 2);
+        const I bytes = _mm512_packs_epi16(_mm512_srai_epi16(first, 8), _mm512_srai_epi16(second, 8));
+        _mm512_storeu_si512(rest, dwords_in_order(bytes));
     }
 
     static F load_bfloat16(const uint16_t *p) {
@@ -114,13 +142,40 @@ struct Avx512 {
     static __m128i load_bytes(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
     static I saturated_bytes(const I (&x)[4]) {
         // Packing works within 128-bit lanes and leaves the four vectors' dwords interleaved.
-        const I mixed = _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+        return dwords_in_order(_mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])));
+    }
+    static I dwords_in_order(I mixed) {
         const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         return _mm512_permutexvar_epi32(order, mixed);
     }
+    static I in_order(I mixed) {
+        return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed);
+    }
     static void store_pair(uint16_t *p, I a, I b) {
-        const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-        _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packus_epi32(a, b)));
+        _mm512_storeu_si512(p, in_order(_mm512_packus_epi32(a, b)));
+    }
+    // Two vectors of words: a correction is their lower half, and where it is negative the upper one is one less.
+    static void join(const uint16_t *p, I rest, int infinity, I *words) {
+        // Unpacking works within 128-bit lanes.
+        const I apart = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        const I param = _mm512_permutexvar_epi64(apart, _mm512_loadu_si512(p));
+        const I magnitude = _mm512_and_si512(param, _mm512_set1_epi16(0x7FFF));
+        const __mmask32 finite = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>(infinity)));
+        rest = _mm512_maskz_mov_epi16(finite, _mm512_permutexvar_epi64(apart, rest));
+        const __mmask32 zero = _mm512_testn_epi16_mask(magnitude, magnitude);
+        rest = _mm512_mask_max_epi16(rest, zero, rest, _mm512_setzero_si512());
+        const I upper = _mm512_add_epi16(param, _mm512_srai_epi16(rest, 15));
+        words[0] = _mm512_unpacklo_epi16(rest, upper);
+        words[1] = _mm512_unpackhi_epi16(rest, upper);
+    }
+    // Stores the parameters of two vectors of words, and returns their corrections as packing leaves them.
+    static I part(uint16_t *p, const I *words) {
+        // Lower halves of a 128-bit lane to its lower part.
+        const I apart = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        const I first = _mm512_shuffle_epi8(words[0], apart), second = _mm512_shuffle_epi8(words[1], apart);
+        const I rest = _mm512_unpacklo_epi64(first, second), upper = _mm512_unpackhi_epi64(first, second);
+        _mm512_storeu_si512(p, in_order(_mm512_sub_epi16(upper, _mm512_srai_epi16(rest, 15))));
+        return rest;
     }
 };
 

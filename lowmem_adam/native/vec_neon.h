@@ -52,11 +52,16 @@ struct Neon {
     static I shift_right(I a) {
         return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), n));
     }
+    template <int n>
+    static I shift_left(I a) {
+        return vshlq_n_s32(a, n);
+    }
     // x where code > 0, 0 where code is 0; code is never negative.
     static I where_positive(I code, I x) { return vandq_s32(x, vreinterpretq_s32_u32(vtstq_s32(code, code))); }
 
     static M greater(F a, F b) { return vcgtq_f32(a, b); }
     static M equal(F a, F b) { return vceqq_f32(a, b); }
+    static M equal_bits(I a, I b) { return vceqq_s32(a, b); }
     static M is_nan(F a) { return vmvnq_u32(vceqq_f32(a, a)); }
     static I where(M mask, I x) { return andi(vreinterpretq_s32_u32(mask), x); }
     static F select(M mask, F yes, F no) { return vbslq_f32(mask, yes, no); }
@@ -73,6 +78,24 @@ struct Neon {
     static void store_codes(int8_t *p, const I (&x)[4]) {
         const uint8x16_t bytes = vmaxq_u8(saturated_bytes(x), vdupq_n_u8(1));
         vst1q_s8(p, vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80))));
+    }
+
+    // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
+    // no correction, zero has none that is negative. An int8 is the upper half of a correction.
+    static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) join(p + 8 * h, vld1q_s16(rest + 8 * h), infinity, words + 2 * h);
+    }
+    static void load_words(const uint16_t *p, const int8_t *rest, int infinity, I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) {
+            join(p + 8 * h, vshlq_n_s16(vmovl_s8(vld1_s8(rest + 8 * h)), 8), infinity, words + 2 * h);
+        }
+    }
+    // The inverse, of words of any lower half.
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) vst1q_s16(rest + 8 * h, part(p + 8 * h, words + 2 * h));
+    }
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        for (int h = 0; h < 2; ++h) vst1_s8(rest + 8 * h, vshrn_n_s16(part(p + 8 * h, words + 2 * h), 8));
     }
 
     static F load_bfloat16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -93,6 +116,24 @@ struct Neon {
     }
 
    private:
+    // Two vectors of words: a correction is their lower half, and where it is negative the upper one is one less.
+    static void join(const uint16_t *p, int16x8_t rest, int infinity, I *words) {
+        const int16x8_t param = vreinterpretq_s16_u16(vld1q_u16(p)), none = vdupq_n_s16(0);
+        const int16x8_t magnitude = vandq_s16(param, vdupq_n_s16(0x7FFF));
+        const uint16x8_t finite = vcltq_s16(magnitude, vdupq_n_s16(static_cast<int16_t>(infinity)));
+        rest = vandq_s16(rest, vreinterpretq_s16_u16(finite));
+        rest = vbslq_s16(vceqq_s16(magnitude, none), vmaxq_s16(rest, none), rest);
+        const int16x8_t upper = vaddq_s16(param, vshrq_n_s16(rest, 15));
+        words[0] = vreinterpretq_s32_s16(vzip1q_s16(rest, upper));
+        words[1] = vreinterpretq_s32_s16(vzip2q_s16(rest, upper));
+    }
+    // Stores the parameters of two vectors of words, and returns their corrections.
+    static int16x8_t part(uint16_t *p, const I *words) {
+        const int16x8_t first = vreinterpretq_s16_s32(words[0]), second = vreinterpretq_s16_s32(words[1]);
+        const int16x8_t rest = vuzp1q_s16(first, second), upper = vuzp2q_s16(first, second);
+        vst1q_u16(p, vreinterpretq_u16_s16(vsubq_s16(upper, vshrq_n_s16(rest, 15))));
+        return rest;
+    }
     // Each byte to a lane of its own; an index out of range gives zero.
     static void spread(uint8x16_t bytes, uint32_t zeros, int place, I (&x)[4]) {
         const uint32_t first[4] = {0u << place, 1u << place, 2u << place, 3u << place};

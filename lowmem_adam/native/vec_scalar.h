@@ -49,10 +49,15 @@ struct Scalar {
     static I shift_right(I a) {
         return static_cast<I>(static_cast<uint32_t>(a) >> n);
     }
+    template <int n>
+    static I shift_left(I a) {
+        return static_cast<I>(static_cast<uint32_t>(a) << n);
+    }
     static I where_positive(I code, I x) { return code > 0 ? x : 0; }
 
     static M greater(F a, F b) { return a > b; }
     static M equal(F a, F b) { return a == b; }
+    static M equal_bits(I a, I b) { return a == b; }
     static M is_nan(F a) { return a != a; }
     static I where(M mask, I x) { return mask ? x : 0; }
     static F select(M mask, F yes, F no) { return mask ? yes : no; }
@@ -74,6 +79,22 @@ struct Scalar {
         for (int u = 0; u < 4; ++u) p[u] = static_cast<int8_t>((x[u] < 1 ? 1 : saturated(x[u])) - 128);
     }
 
+    // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
+    // no correction, zero has none that is negative. An int8 is the upper half of a correction.
+    static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) words[u] = joined(p[u], rest[u], infinity);
+    }
+    static void load_words(const uint16_t *p, const int8_t *rest, int infinity, I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) words[u] = joined(p[u], rest[u] * 256, infinity);
+    }
+    // The inverse, of words of any lower half.
+    static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) rest[u] = parted(words[u], p + u);
+    }
+    static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
+        for (int u = 0; u < 4; ++u) rest[u] = static_cast<int8_t>(parted(words[u], p + u) >> 8);
+    }
+
     static F load_bfloat16(const uint16_t *p) { return float_of_bits(static_cast<uint32_t>(*p) << 16); }
     static void store_halves(uint16_t *p, const I (&x)[4]) {
         for (int u = 0; u < 4; ++u) p[u] = static_cast<uint16_t>(x[u]);
@@ -93,6 +114,16 @@ struct Scalar {
     }
 
    private:
+    static I joined(uint16_t p, int rest, int infinity) {
+        const int magnitude = p & 0x7FFF;
+        if (magnitude >= infinity || (magnitude == 0 && rest < 0)) rest = 0;
+        return static_cast<I>((static_cast<uint32_t>(p) << 16) + static_cast<uint32_t>(rest));
+    }
+    // Stores the parameter and returns the correction.
+    static int16_t parted(I word, uint16_t *p) {
+        *p = static_cast<uint16_t>((static_cast<uint32_t>(word) + 0x8000u) >> 16);
+        return static_cast<int16_t>(word & 0xFFFF);
+    }
     static I saturated(I x) { return x < 0 ? 0 : x > 255 ? 255 : x; }
 };
 

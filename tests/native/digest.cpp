@@ -3,7 +3,7 @@
 // same everywhere.
 //
 //   digest list   the instruction sets that the library has and this processor can run, one a line
-//   digest ISA    `dtype+gradient's dtype/moments/group hash` for each group
+//   digest ISA    `dtype+gradient's dtype/moments/what is kept/group hash` for each group
 //
 // Numbers are put together from bits with a generator of its own: a library's random numbers or powers may differ
 // between machines. Each group is stepped twice, whole on one thread and cut as far as it goes on three threads; where
@@ -27,6 +27,7 @@ constexpr int64_t kBlock = 128;
 constexpr int kSteps = 3;
 const char *const kIsas[] = {"scalar", "avx2", "avx512", "neon"};
 const char *const kDtypes[] = {"float32", "bfloat16", "float16"};
+const char *const kMasters[] = {"nothing", "float32", "int16", "int8"};
 
 using Bytes = std::vector<uint8_t>;
 
@@ -113,6 +114,8 @@ void fill(Bytes &buffer, const Float &type, const std::vector<Values> &kinds, Ra
 struct Kind {
     int32_t param, grad;
     bool coded;
+    int32_t master;  // lowmem_adam_master_kind
+    size_t master_bytes() const { return master == LOWMEM_ADAM_NO_MASTER ? 0 : 4u >> (master - 1); }
 };
 
 struct Case {
@@ -123,7 +126,7 @@ struct Case {
     // Row-major sizes and then strides; empty where contiguous.
     std::vector<int64_t> param_shape, grad_shape;
     // A block of memory for each, none larger than it must be: AddressSanitizer sees the first byte beyond.
-    Bytes param, grad, exp_avg, exp_avg_sq, floor, span;
+    Bytes param, grad, exp_avg, exp_avg_sq, floor, span, master;
 
     const Float &param_type() const { return kFloats[kind.param]; }
     const Float &grad_type() const { return kFloats[kind.grad]; }
@@ -171,6 +174,19 @@ void fill_state(Case &c, const std::vector<Values> &weights, const std::vector<V
     c.param.resize(extent(c.param_shape, elements) * c.param_type().bytes);
     c.grad.resize(extent(c.grad_shape, elements) * c.grad_type().bytes);
     fill(c.param, c.param_type(), weights, random);
+    c.master.resize(static_cast<size_t>(elements) * c.kind.master_bytes());
+    if (c.kind.master == LOWMEM_ADAM_MASTER_FLOAT32) {
+        fill(c.master, kFloats[LOWMEM_ADAM_FLOAT32], weights, random);
+        // Two of three round to their parameters, which are contiguous then, or to what is nearly that.
+        for (size_t i = 0; c.param_shape.empty() && i < static_cast<size_t>(elements); ++i) {
+            uint16_t half;
+            memcpy(&half, c.param.data() + 2 * i, sizeof half);
+            const uint32_t bits = static_cast<uint32_t>(half) << 16 | random.word() % 0x9000;
+            if (random.word() % 3) memcpy(c.master.data() + 4 * i, &bits, sizeof bits);
+        }
+    } else {
+        for (uint8_t &byte : c.master) byte = static_cast<uint8_t>(random.word());
+    }
     c.exp_avg.resize(static_cast<size_t>(elements) * (c.kind.coded ? 1 : 4));
     c.exp_avg_sq.resize(c.exp_avg.size());
     if (!c.kind.coded) {
@@ -323,6 +339,8 @@ struct Fragments {
             f.grad = tensor(c.grad, c.grad_type(), c.grad_shape, c.kind.grad, start, row, cut);
             f.exp_avg = c.exp_avg.data() + start * (c.kind.coded ? 1 : 4);
             f.exp_avg_sq = c.exp_avg_sq.data() + start * (c.kind.coded ? 1 : 4);
+            if (c.kind.master) f.master = c.master.data() + static_cast<size_t>(start) * c.kind.master_bytes();
+            f.master_kind = c.kind.master;
             if (c.kind.coded) f.block_floor = c.floor.data() + b, f.block_span = c.span.data() + b;
             f.rows = c.rows_before + c.rows + 1;
             f.cols = c.cols;
@@ -394,6 +412,8 @@ uint64_t step_all(Cases cases, int32_t isa, int32_t threads, bool cut) {
         hash.number(static_cast<uint64_t>(skipped));
         for (const Case &c : cases) {
             hash.floats(c.param, c.param_type());
+            if (c.kind.master == LOWMEM_ADAM_MASTER_FLOAT32) hash.floats(c.master, kFloats[LOWMEM_ADAM_FLOAT32]);
+            if (c.kind.master != LOWMEM_ADAM_MASTER_FLOAT32) hash.bytes(c.master);
             if (c.kind.coded) {
                 for (const Bytes *codes : {&c.exp_avg, &c.exp_avg_sq, &c.floor, &c.span}) hash.bytes(*codes);
             } else {
@@ -415,26 +435,34 @@ const Group kGroups[] = {
     {"grids", every_grid, true},
 };
 
+// Prints the hash of a group, of which whole fragments and pieces must give the same.
+bool print_digest(const Group &group, const Kind &kind, uint64_t seed, int32_t isa) {
+    Random random(seed);
+    const Cases cases = group.make(kind, random);
+    const uint64_t whole = step_all(cases, isa, 1, false), cut = step_all(cases, isa, 3, true);
+    const std::string name = std::string(kDtypes[kind.param]) + "+" + kDtypes[kind.grad] + "/" +
+                             (kind.coded ? "8bit" : "32bit") + "/" + kMasters[kind.master] + "/" + group.name;
+    printf("%s %016llx\n", name.c_str(), static_cast<unsigned long long>(whole));
+    fflush(stdout);
+    if (whole == cut) return true;
+    fprintf(stderr, "%s is %016llx cut into pieces on three threads; expected: %016llx, as whole\n", name.c_str(),
+            static_cast<unsigned long long>(cut), static_cast<unsigned long long>(whole));
+    return false;
+}
+
 bool print_digests(int32_t isa) {
     bool same = true;
     uint64_t seed = 0;
     for (int32_t param = 0; param < 3; ++param) {
         for (int32_t grad = param; grad >= 0; grad -= param ? param : 1) {  // the same dtype, then float32
             for (const bool coded : {true, false}) {
-                for (const Group &group : kGroups) {
-                    Random random(++seed);
-                    // What is in a grid does not depend on where gradients come from.
-                    if (group.coded_only && (!coded || param != grad)) continue;
-                    const Cases cases = group.make({param, grad, coded}, random);
-                    const uint64_t whole = step_all(cases, isa, 1, false), cut = step_all(cases, isa, 3, true);
-                    const std::string name = std::string(kDtypes[param]) + "+" + kDtypes[grad] + "/" +
-                                             (coded ? "8bit" : "32bit") + "/" + group.name;
-                    printf("%s %016llx\n", name.c_str(), static_cast<unsigned long long>(whole));
-                    fflush(stdout);
-                    if (whole == cut) continue;
-                    fprintf(stderr, "%s is %016llx cut into pieces on three threads; expected: %016llx, as whole\n",
-                            name.c_str(), static_cast<unsigned long long>(cut), static_cast<unsigned long long>(whole));
-                    same = false;
+                for (int32_t master = 0; master < (param ? 4 : 1); ++master) {
+                    for (const Group &group : kGroups) {
+                        ++seed;
+                        // What is in a grid does not depend on where gradients come from, nor on what is kept.
+                        if (group.coded_only && (!coded || param != grad || master)) continue;
+                        same = print_digest(group, {param, grad, coded, master}, seed, isa) && same;
+                    }
                 }
             }
         }
