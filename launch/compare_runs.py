@@ -68,7 +68,7 @@ def load_run(folder: Path) -> Run:
 
 
 def run_labels(folders: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The optimizer's name and whether it was sharded or offloaded, with the folder's name where two runs have the same."""
+    """The optimizer's name and whether it was sharded or offloaded; the folder's name too, where two have the same."""
     ways = {"shard": " sharded", "offload": " offloaded"}
     names = [
         summary["optimizer"] + "".join(word for way, word in ways.items() if summary["settings"].get(way))

@@ -151,6 +151,9 @@ def like(param: Any, part: Tensor, shape: Sequence[int], *, by_block: bool) -> T
 
 def whole_tensor(value: Any) -> Tensor:
     """A DTensor put together on every rank; a collective of its mesh."""
+    device = value.device_mesh.device_type
+    if local(value).device.type != device:  # state that is offloaded: ranks send from the mesh's device
+        return whole_tensor(value.to(device))
     if value.dtype != torch.int16:
         whole: Tensor = value.full_tensor()
         return whole

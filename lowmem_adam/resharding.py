@@ -119,6 +119,8 @@ def _collect(
 ) -> Tensor | None:
     """One tensor of one parameter's state, whole, on rank ``to``."""
     world, layout = partition.world, Layout.of(param.shape)
+    carrier = _carrier(own, param, world.group)
+    # Sent as bytes, since not every backend knows every dtype.
     whole = torch.empty(shape, dtype=own.dtype) if world.rank == to else None
     for rank in range(world.size):
         first, end = entries(name, layout, partition.span(param, rank))
@@ -129,14 +131,21 @@ def _collect(
             for low in range(first, end, CHUNK):
                 high = min(low + CHUNK, end)
                 if whole is None:
-                    dist.send(own.view(-1)[low - first : high - first], group=world.group, group_dst=to)
-                elif param.is_cpu:
-                    dist.recv(whole.view(-1)[low:high], group=world.group, group_src=rank)
+                    part = own.view(-1)[low - first : high - first].to(carrier).view(torch.uint8)
+                    dist.send(part, group=world.group, group_dst=to)
+                elif carrier.type == "cpu":
+                    dist.recv(whole.view(-1)[low:high].view(torch.uint8), group=world.group, group_src=rank)
                 else:
-                    passing = torch.empty(high - low, dtype=own.dtype, device=own.device)
-                    dist.recv(passing, group=world.group, group_src=rank)
+                    passing = torch.empty(high - low, dtype=own.dtype, device=carrier)
+                    dist.recv(passing.view(torch.uint8), group=world.group, group_src=rank)
                     whole.view(-1)[low:high].copy_(passing)
     return whole
+
+
+def _carrier(own: Tensor, param: Tensor, group: Any) -> torch.device:
+    """From where a group sends a tensor: where it lies, or from its parameter's device if the group knows no other."""
+    known = {device.type for device in group._device_types}
+    return own.device if own.device.type in known else param.device
 
 
 def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Partition) -> list[int]:

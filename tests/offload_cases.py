@@ -41,6 +41,7 @@ UPDATES: tuple[dict[str, Any], ...] = (
     {"low_precision_update": "split", "master_bits": 24},
     {"low_precision_update": "fp32"},
 )
+CUT = (*FEW[:2], Shape("bias", (100,), False))
 WIDE = (Shape("wide", (64, 1024), True), Shape("tall", (1024, 48), True), Shape("bias", (100,), False))
 
 
@@ -118,7 +119,7 @@ def random_delays() -> Iterator[None]:
 def same_bits(dtype: torch.dtype) -> None:
     updates = UPDATES if dtype != torch.float32 else UPDATES[:1]
     for moments, update in itertools.product(("8bit", "32bit"), updates):
-        offloaded, alone = pair(dtype=dtype, moments=moments, **update)
+        offloaded, alone = pair(CUT, dtype, moments=moments, **update)
         with random_delays():
             take(offloaded, range(STEPS - 5))
         with sim.holding():
@@ -224,17 +225,21 @@ def case_gradients_that_are_not_finite() -> None:
 
 
 def case_gradient_scaler() -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    offloaded, alone = pair()
+    offloaded, alone = pair(CUT)
     for opt in (offloaded, alone):
-        for step in range(3):
-            set_gradients(opt, step, lambda _, grad: grad * 1024)
-            # As GradScaler drives optimizers that unscale by themselves: its own operator knows devices by name.
-            opt.grad_scale = torch.tensor(float(scaler.get_scale()), device=params_of(opt)[0].device)
-            opt.found_inf = torch.tensor(float(step == 1), device=params_of(opt)[0].device)
-            opt.step()
+        scaler = torch.amp.GradScaler(params_of(opt)[0].device.type, init_scale=1024.0)
+        for step in range(4):
+            scale = float(scaler.scale(torch.ones((), device=params_of(opt)[0].device)))
+            set_gradients(opt, step, lambda _, grad: grad * (torch.inf if step == 1 else scale))  # noqa: B023
+            if step > 1:
+                scaler.unscale_(opt)
+                opt.clip_grad_norm_(1e3)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        assert scaler.get_scale() == 512.0
     assert_equal(offloaded, alone)
-    assert all(int(state["step"]) == 2 for state in offloaded.state.values())
+    assert all(int(state["step"]) == 3 for state in offloaded.state.values())
 
 
 # ---------------------------------------------------------------- what changes between steps

@@ -38,6 +38,7 @@ S0, S1, R = Shard(0), Shard(1), Replicate()
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
+    "float32, offload": (torch.float32, {"offload": "cpu"}),
     **{f"bfloat16, {update}": (torch.bfloat16, UPDATES[update]) for update in ("stochastic", "split", "fp32")},
 }
 """Of parameters, and how they are updated."""

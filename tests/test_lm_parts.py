@@ -131,27 +131,36 @@ def test_optimizers_get_the_same_settings(name: str) -> None:
         assert group[key] == getattr(settings, key)
 
 
+def settings_with(way: str, chosen: bool) -> optimizers.OptimizerSettings:
+    changes: dict[str, Any] = {way: chosen}
+    return replace(optimizers.OptimizerSettings(), **changes)
+
+
 @pytest.mark.parametrize("name", optimizers.FACTORIES)
-def test_only_ours_can_be_sharded(name: str, tmp_path: Path) -> None:
-    if name in optimizers.SHARDABLE:
-        assert TrainingSettings(output_dir=tmp_path, optimizer=name, shard=True).shard
+@pytest.mark.parametrize("way", ["shard", "offload"])
+def test_only_ours_can_be_sharded_and_offloaded(name: str, way: str, tmp_path: Path) -> None:
+    if name in optimizers.OURS:
+        changes: dict[str, Any] = {way: True}
+        assert getattr(TrainingSettings(output_dir=tmp_path, optimizer=name, **changes), way)
         return
-    options = ["--optimizer", name, "--shard", "--output-dir", str(tmp_path / "run")]
+    options = ["--optimizer", name, f"--{way}", "--output-dir", str(tmp_path / "run")]
     result = CliRunner().invoke(train_lm.app, options)
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert f"shard is for {', '.join(optimizers.SHARDABLE)}; {name} keeps its whole state" in line
-    with pytest.raises(ValueError, match="shard is for adamw8bit"):
-        optimizers.build_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], optimizers.OptimizerSettings(shard=True))
+    assert f"{way} is for {', '.join(optimizers.OURS)}; {name} keeps its" in line
+    with pytest.raises(ValueError, match=f"{way} is for adamw8bit"):
+        optimizers.build_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], settings_with(way, True))
 
 
-@pytest.mark.parametrize("name", optimizers.SHARDABLE)
-def test_sharded_in_one_process_is_the_whole(name: str) -> None:
+@pytest.mark.parametrize("name", optimizers.OURS)
+@pytest.mark.parametrize("way", ["shard", "offload"])
+def test_sharded_or_offloaded_in_one_process_on_the_cpu_is_the_same(name: str, way: str) -> None:
     held = []
-    for shard in (False, True):
+    for chosen in (False, True):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(64, 128))
-        optimizer = optimizers.build_optimizer(name, [parameter], optimizers.OptimizerSettings(shard=shard))
+        optimizer = optimizers.build_optimizer(name, [parameter], settings_with(way, chosen))
+        assert (getattr(optimizer, "_offload", None) == "cpu") == (chosen and way == "offload")
         parameter.grad = torch.randn(64, 128)
         optimizer.step()
         held.append((parameter.detach().clone(), reporting.optimizer_state_bytes(optimizer)))

@@ -137,13 +137,14 @@ def closure_job(rank: int, folder: Path) -> Any:
 
 def kinds_job(rank: int, folder: Path) -> Any:
     """Every shape, memory format and dtype, all in one optimizer."""
-    pair = []
-    for group in ("world", None):
+    three = []
+    for group, offload in (("world", None), ("world", "cpu"), (None, None)):
         params = [param for seed, dtype in enumerate(DTYPES) for param in make_params(SHAPES, dtype, seed=seed)]
-        pair.append(AdamW8bit(params, lr=1e-2, shard_group=group, bucket_cap_mb=0.25))
-        train(pair[-1], params, 4)
-    assert_equal_runs(pair[0], pair[1], to=1)
-    return loads_of(pair[0])
+        three.append(AdamW8bit(params, lr=1e-2, shard_group=group, offload=offload, bucket_cap_mb=0.25))
+        train(three[-1], params, 4)
+    for sharded in three[:2]:
+        assert_equal_runs(sharded, three[2], to=1)
+    return loads_of(three[0])
 
 
 def grow_job(rank: int, folder: Path) -> Any:
