@@ -160,9 +160,10 @@ struct Avx512 {
         const I apart = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
         const I param = _mm512_permutexvar_epi64(apart, _mm512_loadu_si512(p));
         const I magnitude = _mm512_and_si512(param, _mm512_set1_epi16(0x7FFF));
-        const __mmask32 finite = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(static_cast<int16_t>(infinity)));
+        const I largest = _mm512_set1_epi16(static_cast<int16_t>(infinity - 1));
+        const __mmask32 finite = _mm512_cmple_epi16_mask(magnitude, largest);
         rest = _mm512_maskz_mov_epi16(finite, _mm512_permutexvar_epi64(apart, rest));
-        const __mmask32 zero = _mm512_testn_epi16_mask(magnitude, magnitude);
+        const __mmask32 zero = ~_mm512_test_epi16_mask(magnitude, magnitude);
         rest = _mm512_mask_max_epi16(rest, zero, rest, _mm512_setzero_si512());
         const I upper = _mm512_add_epi16(param, _mm512_srai_epi16(rest, 15));
         words[0] = _mm512_unpacklo_epi16(rest, upper);

@@ -15,6 +15,9 @@
 #ifndef __mmask16
 #define __mmask16 simde__mmask16
 #endif
+#ifndef __mmask32
+#define __mmask32 simde__mmask32
+#endif
 
 namespace emulated {
 
