@@ -1,11 +1,11 @@
 """CPU offload: moments live on the host and are stepped there; gradients and parameters pass through pinned memory.
 
-Each device has a lane: a stream down to the host, one back up, and two pinned buffers that take turns. While the host
-steps what is in one of them, the other sends its parameters back and then takes the next gradients:
+Each device has a lane: a stream down to the host, one back up, and pinned buffers that take turns. While the host steps
+what is in one of them, another takes the next gradients, and a third sends its parameters back:
 
-    down   | 0 | 1 |   | 2 |   | 3 | ...
-    host       | 0 | 1 |   | 2 |   | 3 | ...
-    up             | 0 | 1 |   | 2 |   | 3 | ...
+    down   | 0 | 1 | 2 | 3 | ...
+    host       | 0 | 1 | 2 | 3 | ...
+    up             | 0 | 1 | 2 | 3 | ...
 
 Parameters come down with their gradients, so what a model was loaded with since the last step is what is stepped.
 Nobody waits for a device: the host waits for the event of the buffer that it is about to step, and the device's own
@@ -24,8 +24,11 @@ from torch import Tensor
 
 from lowmem_adam.shard import Piece, end_within, read, write
 
-SLOTS = 2
-"""Buffers of a lane."""
+SLOTS = 4
+"""Buffers of a lane. Three are in use at a time, each with half of ``bucket_cap_mb``; with two, whatever their size, a
+buffer would have to come up before the next gradients go down into it."""
+AHEAD = SLOTS - 2
+"""Buffers that are on their way down while the host steps one and another is on its way up."""
 
 ALIGNMENT = 64
 """Bytes that parts of a buffer begin at multiples of: a cache line."""
@@ -179,11 +182,12 @@ class Offload:
     """The lanes of an optimizer's devices. Parameters that are on the host already need none.
 
     Args:
-        buffer_bytes: of one buffer, of which each device has two.
+        bucket_bytes: of a bucket; each device has the buffers of two, or as many that hold one block.
     """
 
-    def __init__(self, buffer_bytes: int) -> None:
-        self.buffer_bytes = buffer_bytes
+    def __init__(self, bucket_bytes: int) -> None:
+        self.buffer_bytes = 2 * bucket_bytes // SLOTS
+        """Of one buffer."""
         self._lanes: dict[torch.device, Lane] = {}
         self._warned = False
         self._told_of_memory = False

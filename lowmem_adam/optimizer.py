@@ -70,7 +70,7 @@ class Adam8bit(SavedOptimizer):
         offload: ``"cpu"`` keeps moments, and what ``low_precision_update`` keeps, on the host and steps there, while
             parameters and gradients stay on their device. The next forward pass waits for the parameters by itself.
         bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``, and
-            of each of the two pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
+            of half of the pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
             in one run are sent in copies, of which all ranks' take no more than that.
 
     Raises:

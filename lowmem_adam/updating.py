@@ -1,7 +1,7 @@
 """The last phase of a step: this rank's shard in one pass, by way of the host where that is where moments are.
 
 Work comes in stages. One is a bucket of the shard, or as much of it as fits into a buffer of the host's; while it is
-stepped the next one is on its way there, and what was stepped before is on its way back and to other ranks.
+stepped the next ones are on their way there, and what was stepped before is on its way back and to other ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_adam import kernels
 from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
-from lowmem_adam.offload import Offload, Part, Passage, in_chunks
+from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks
 from lowmem_adam.prepared import Prepared
 from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
 
@@ -66,7 +66,7 @@ def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None,
     gathers: deque[tuple[Gather, int]] = deque()
     if offload is not None:
         offload.begin()
-    for stage in _one_ahead(_stages(tasks, partition, offload)):
+    for stage in _begun_ahead(_stages(tasks, partition, offload), AHEAD if offload is not None else 0):
         _step(stage, skipped)
         bucket = stage.completes
         if bucket is not None and world.size > 1:
@@ -117,15 +117,14 @@ def _part(piece: Piece, task: Task) -> Part:
     return Part(task.prepared.param, task.grad.detach(), start, stop)
 
 
-def _one_ahead(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """Each after the next one has been begun."""
-    waiting: Stage | None = None
+def _begun_ahead(stages: Iterable[Stage], count: int) -> Iterator[Stage]:
+    """Each after so many of the next ones have been begun."""
+    begun: deque[Stage] = deque()
     for stage in stages:
-        if waiting is not None:
-            yield waiting
-        waiting = stage
-    if waiting is not None:
-        yield waiting
+        begun.append(stage)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
 
 
 def _step(stage: Stage, skipped: Skipped) -> None:

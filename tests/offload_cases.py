@@ -377,7 +377,7 @@ def case_the_host_does_not_wait_for_parameters_to_arrive() -> None:
 
 
 def case_memory() -> None:
-    """2.05 bytes a parameter on the host, none on the device, and two buffers."""
+    """2.05 bytes a parameter on the host, none on the device, and pinned two buckets."""
     shapes = (Shape("matrix", (1024, 1024), True), Shape("another", (512, 2048), True))
     for dtype in DTYPES:
         bucket = 2.0**-2
