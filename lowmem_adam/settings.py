@@ -43,14 +43,17 @@ LATER: dict[str, tuple[object, ...]] = {
 }
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
 
-REQUIRED = ("lr", "betas", "eps", "weight_decay", "maximize", "moments", "low_precision_update", "nonfinite", "seed")
-"""Settings that saved state must carry; ``backend`` is the machine's own."""
+ALL = (
+    *("lr", "betas", "eps", "weight_decay", "maximize", "moments", "low_precision_update", "master_bits", "nonfinite"),
+    "seed",
+)
+"""Settings that saved state carries, in their order in a group; ``backend`` is the machine's own."""
 
 SINCE: dict[str, object] = {"master_bits": 32}
 """Settings that state saved by an earlier version does not have, and what they were then."""
 
-ALL = (*REQUIRED, *SINCE)
-"""Settings that saved state carries."""
+REQUIRED = tuple(name for name in ALL if name not in SINCE)
+"""Settings that all saved state must carry."""
 
 ACCEPTED = f"accepted settings: {', '.join(ALL)}, backend"
 
