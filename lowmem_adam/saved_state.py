@@ -72,7 +72,7 @@ def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any,
         names = group.get("param_names", [None] * len(group["params"]))
         for key, param, name in zip(saved["params"], group["params"], names, strict=True):
             label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
-            master = master_dtype(param.dtype, settings.completed(saved))
+            master = master_dtype(param.dtype, saved)
             owners[key] = Owner(param, group["moments"], label, master)
     if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
         raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
@@ -113,7 +113,7 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
             raise ValueError(f"{where}: {name} is {saved.get(name)!r}; accepted: {group[name]!r}, {meaning}")
     if missing := [name for name in settings.REQUIRED if name not in saved]:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; accepted: every setting of this version")
-    settings.check_group({**settings.completed(saved), "backend": group["backend"]}, where)
+    settings.check_group({**saved, "backend": group["backend"]}, where)
 
 
 def _check_values(state: Mapping[str, Tensor], label: str) -> None:
@@ -141,7 +141,7 @@ def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
     }
     saved_groups = [
-        settings.normalised({**settings.completed(saved), "backend": group["backend"]})
+        settings.normalised({**saved, "backend": group["backend"]})
         for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     return {**state_dict, "state": state, "param_groups": saved_groups}

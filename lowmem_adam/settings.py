@@ -44,7 +44,15 @@ LATER: dict[str, tuple[object, ...]] = {
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
 
 ALL = (
-    *("lr", "betas", "eps", "weight_decay", "maximize", "moments", "low_precision_update", "master_bits", "nonfinite"),
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "maximize",
+    "moments",
+    "low_precision_update",
+    "master_bits",
+    "nonfinite",
     "seed",
 )
 """Settings that saved state carries, in their order in a group; ``backend`` is the machine's own."""

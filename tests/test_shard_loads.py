@@ -115,6 +115,20 @@ def frozen_job(rank: int, folder: Path) -> Any:
     return said
 
 
+def older_job(rank: int, folder: Path) -> Any:
+    """State of a version that had fewer settings, as a rank's own part and as the whole."""
+    opt, alone = trained()
+    part, whole = own_part(opt), alone.state_dict()
+    for state in (part, whole):
+        for group in state["param_groups"]:
+            del group["master_bits"]
+        opt.load_state_dict(state)
+    alone.load_state_dict(whole)
+    for one in (opt, alone):
+        take(one, range(STEPS, STEPS + 2))
+    assert_equal_runs(opt, alone)
+
+
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "FileNotFoundError: "),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "ValueError: "),
@@ -159,7 +173,7 @@ def alone_job(rank: int, folder: Path) -> Any:
     return said
 
 
-JOBS = (states_job, frozen_job, files_job, alone_job)
+JOBS = (states_job, frozen_job, older_job, files_job, alone_job)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +193,10 @@ def test_a_failed_load_leaves_who_holds_what_as_it_was(pair: Outcomes) -> None:
     other, odd = outcome(pair, frozen_job)
     assert odd.startswith("ValueError: ")
     assert other.startswith(REFUSES)
+
+
+def test_state_of_a_version_with_fewer_settings_loads(pair: Outcomes) -> None:
+    outcome(pair, older_job)
 
 
 @pytest.mark.parametrize("name", FILES)

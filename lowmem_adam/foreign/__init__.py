@@ -73,7 +73,7 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     """
     kind = kind_of(state_dict)
     if kind == "lowmem_adam":
-        return dict(state_dict)
+        return {**state_dict, "param_groups": [settings.completed(group) for group in state_dict["param_groups"]]}
     form, saved_groups = FORMATS[kind], state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
