@@ -157,7 +157,7 @@ def whole_tensor(value: Any) -> Tensor:
     if value.dtype != torch.int16:
         whole: Tensor = value.full_tensor()
         return whole
-    # Neither gloo nor NCCL sends these.
+    # Neither gloo nor NCCL sends these (pytorch issue 74734).
     return whole_tensor(value.to(torch.int32)).to(torch.int16)
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from lowmem_adam.shard import Piece, end_within, read, write
 
 SLOTS = 4
-"""Buffers of a lane. Three are in use at a time, each with half of ``bucket_cap_mb``; with two, whatever their size, a
-buffer would have to come up before the next gradients go down into it."""
+"""Buffers of a lane: one on its way up, one that the host steps, the others on their way down. With two, whatever their
+size, a buffer would have to come up before the next gradients go down into it."""
 AHEAD = SLOTS - 2
-"""Buffers that are on their way down while the host steps one and another is on its way up."""
+"""Buffers that are begun before the host steps one."""
 
 ALIGNMENT = 64
 """Bytes that parts of a buffer begin at multiples of: a cache line."""
@@ -182,7 +182,7 @@ class Offload:
     """The lanes of an optimizer's devices. Parameters that are on the host already need none.
 
     Args:
-        bucket_bytes: of a bucket; each device has the buffers of two, or as many that hold one block.
+        bucket_bytes: of a bucket. Each device has buffers of two buckets together, each of one block at least.
     """
 
     def __init__(self, bucket_bytes: int) -> None:

@@ -36,7 +36,7 @@ class Adam8bit(SavedOptimizer):
     3. *state*: zero moments for this rank's blocks of parameters that get their first gradient;
     4. *update*: this rank's shard, bucket by bucket, each in one pass and one call: gradient factor, finite check,
        decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next buckets' steps all ranks
-       send one another what they stepped.
+       send one another what they stepped. With ``offload`` buckets pass through buffers of the host.
 
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
     least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
@@ -382,9 +382,9 @@ class Adam8bit(SavedOptimizer):
 
         Returns:
             ``parameters``: elements of all parameters; ``bytes``: by kind of tensor, on this rank; ``total_bytes``, on
-            this rank; ``bytes_per_parameter``, of this rank's bytes; ``pinned_bytes`` of the buffers that ``offload``
-            has on the host; ``ranks``: total bytes of every rank, those of
-            others by what they hold of the parameters that have state here. State exists from the first step on.
+            this rank; ``bytes_per_parameter``, of this rank's bytes; ``pinned_bytes``: of the buffers that ``offload``
+            has on the host; ``ranks``: total bytes of every rank, those of others by what they hold of the parameters
+            that have state here. State exists from the first step on.
         """
         parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
         kinds = memory_by_kind(list(self.state.values()))

@@ -120,7 +120,6 @@ def _collect(
     """One tensor of one parameter's state, whole, on rank ``to``."""
     world, layout = partition.world, Layout.of(param.shape)
     carrier = _carrier(own, param, world.group)
-    # Sent as bytes, since not every backend knows every dtype.
     whole = torch.empty(shape, dtype=own.dtype) if world.rank == to else None
     for rank in range(world.size):
         first, end = entries(name, layout, partition.span(param, rank))
@@ -130,6 +129,7 @@ def _collect(
         elif rank != to and world.rank in (rank, to):
             for low in range(first, end, CHUNK):
                 high = min(low + CHUNK, end)
+                # As bytes, since not every backend knows every dtype.
                 if whole is None:
                     part = own.view(-1)[low - first : high - first].to(carrier).view(torch.uint8)
                     dist.send(part, group=world.group, group_dst=to)

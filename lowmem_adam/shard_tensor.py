@@ -82,7 +82,7 @@ class ShardTensor(Tensor):
         if func is aten.copy_.default and all(isinstance(arg, ShardTensor) for arg in args[:2]):
             shard.local.copy_(args[1].local)
             return shard
-        # Of a TypeError torch's operators make one of their own, with other words.
+        # As torch itself of an operator that a tensor does not have. Of a TypeError it would make one with other words.
         raise NotImplementedError(
             f"{func} on a ShardTensor, which is one rank's part of a tensor; accepted: copies of it, "
             "torch.distributed.checkpoint, or whole tensors as consolidate_state_dict(to=0) makes them"

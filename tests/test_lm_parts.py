@@ -18,6 +18,7 @@ import torch
 
 from tests.lm_cases import OURS_AND_TORCH, write_text  # isort: skip  (puts launch/ on the path)
 
+import compare_runs
 import lm_checkpoint
 import lm_data
 import lm_training
@@ -129,6 +130,13 @@ def test_optimizers_get_the_same_settings(name: str) -> None:
     (group,) = optimizer.param_groups
     for key in ("lr", "betas", "eps", "weight_decay"):
         assert group[key] == getattr(settings, key)
+
+
+def test_labels_say_where_the_state_was(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"shard": True}, {"offload": True}, {"shard": True, "offload": True}]
+    summaries = [{"optimizer": "adamw8bit", "settings": chosen} for chosen in settings]
+    labels = compare_runs.run_labels([tmp_path] * len(settings), summaries)
+    assert labels == [f"adamw8bit{words}" for words in ("", " sharded", " offloaded", " sharded offloaded")]
 
 
 def settings_with(way: str, chosen: bool) -> optimizers.OptimizerSettings:
