@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.local import check_dtensor, is_dtensor, local
+from lowmem_adam.stand_ins import HostGradient
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,7 +80,7 @@ def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
     """
     if grad.layout != torch.strided:
         raise ValueError(f"{label}: its gradient has layout {grad.layout}; accepted: dense (torch.strided) gradients")
-    kind, accepted_kind = ("DTensor" if is_dtensor(t) else type(t.detach()).__name__ for t in (grad, param))
+    kind, accepted_kind = (_kind_of(tensor) for tensor in (grad, param))
     if kind != accepted_kind and not (kind == "Tensor" and accepted_kind == "Parameter"):
         raise ValueError(f"{label}: its gradient is a {kind}; accepted: a {accepted_kind}, like its parameter")
     if is_dtensor(grad) and grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
@@ -93,6 +94,12 @@ def check_gradient(param: Tensor, grad: Tensor, label: str) -> None:
         raise ValueError(f"{label}: its gradient is on {grad.device}; accepted: {param.device}")
     if param.is_meta:
         raise ValueError(f"{label} is on the meta device; accepted: a device that holds values")
+
+
+def _kind_of(tensor: Tensor) -> str:
+    if is_dtensor(tensor):
+        return "DTensor"
+    return "Tensor" if isinstance(tensor, HostGradient) else type(tensor.detach()).__name__
 
 
 def check_devices(state: Mapping[str, Tensor], home: torch.device, label: str) -> None:

@@ -44,8 +44,22 @@ def check_offload(value: object) -> None:
         raise ValueError(f"offload is {value!r}; accepted: None, 'cpu'")
 
 
+def check_offload_gradients(value: object, offload: str | None) -> None:
+    """Check the setting ``offload_gradients``.
+
+    Raises:
+        ValueError: no truth value, or True without ``offload``.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"offload_gradients is {value!r}; accepted: True, False")
+    if value and offload is None:
+        raise ValueError("offload_gradients is True, and offload is None; accepted with it: offload='cpu'")
+
+
 class Part(NamedTuple):
-    """Flat elements ``[start, stop)``, row by row, of a parameter on a device and of its gradient."""
+    """Flat elements ``[start, stop)``, row by row, of a parameter on a device and of its gradient, which may be on the
+    host already.
+    """
 
     param: Tensor
     grad: Tensor
@@ -53,17 +67,21 @@ class Part(NamedTuple):
     stop: int
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the parameter's elements and of the gradient's."""
-        count = self.stop - self.start
-        return count * self.param.element_size(), count * self.grad.element_size()
+    def sizes(self) -> list[int]:
+        """Bytes of what is on the device: of the parameter's elements, and of the gradient's."""
+        return [(self.stop - self.start) * tensor.element_size() for tensor in on_device(self.param, self.grad)]
+
+
+def on_device(param: Tensor, grad: Tensor) -> list[Tensor]:
+    """What has to come down of a parameter and its gradient."""
+    return [param] if grad.is_cpu else [param, grad]
 
 
 def in_chunks(work: Sequence[tuple[Piece, int]], room: int) -> Iterator[list[tuple[int, Piece]]]:
     """Pieces of parameters cut at blocks, as many together as a buffer has room for (one block at least).
 
     Args:
-        work: pieces, and bytes of an element of their parameter and gradient together.
+        work: pieces, and bytes of an element of what has to come down of their parameter and gradient.
         room: bytes of a buffer.
 
     Returns:
@@ -102,10 +120,12 @@ class Passage:
                 lane.down.wait_event(self._slot.sent)
             for part in parts:
                 here = []
-                for tensor in (part.param, part.grad):
+                for tensor in on_device(part.param, part.grad):
                     host = next(buffers).view(tensor.dtype)
                     host.copy_(read(tensor, part.start, part.stop), non_blocking=True)
                     here.append(host)
+                if part.grad.is_cpu:
+                    here.append(read(part.grad, part.start, part.stop))
                 self.fetched.append((here[0], here[1]))
         self._arrived = lane.down.record_event()
 
@@ -125,7 +145,7 @@ class Passage:
         self._slot.sent = up.record_event()
 
 
-class _Slot:
+class Slot:
     """A pinned buffer, and when it was last read by its device."""
 
     def __init__(self, allocate: Callable[[int], Tensor]) -> None:
@@ -153,17 +173,21 @@ class Lane:
     def __init__(self, device: torch.device, allocate: Callable[[int], Tensor]) -> None:
         self.device = device
         self.down, self.up = torch.Stream(device=device), torch.Stream(device=device)
-        self._slots = [_Slot(allocate) for _ in range(SLOTS)]
+        self._slots = [Slot(allocate) for _ in range(SLOTS)]
         self._turn = 0
 
     def begin(self) -> None:
+        """Start a step with the first buffer, so that every part has the same place in every step."""
+        self.follow()
+        self._turn = 0
+
+    def follow(self) -> None:
         """Let both streams wait for what the device does until now: make gradients, and read parameters."""
         ready = torch.accelerator.current_stream(self.device).record_event()
         self.down.wait_event(ready)
         self.up.wait_event(ready)
-        self._turn = 0  # so that every part has the same place in every step
 
-    def next_slot(self) -> _Slot:
+    def next_slot(self) -> Slot:
         """The buffer whose turn it is."""
         self._turn += 1
         return self._slots[(self._turn - 1) % SLOTS]
@@ -200,13 +224,16 @@ class Offload:
         for lane in self._lanes.values():
             lane.begin()
 
-    def fetch(self, parts: Sequence[Part]) -> Passage:
-        """Start parts of one device's parameters, and their gradients, on their way to the host."""
-        device = parts[0].param.device
+    def lane(self, device: torch.device) -> Lane:
+        """A device's way to the host and back."""
         if device not in self._lanes:
             self._lanes[device] = Lane(device, self._pinned)
             self._lanes[device].begin()
-        return Passage(parts, self._lanes[device])
+        return self._lanes[device]
+
+    def fetch(self, parts: Sequence[Part]) -> Passage:
+        """Start parts of one device's parameters, and their gradients, on their way to the host."""
+        return Passage(parts, self.lane(parts[0].param.device))
 
     def join(self) -> None:
         """Let devices wait for their parameters, before anything else reads them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, inputs, kernels, local, master, reduction, resharding, settings
+from lowmem_adam import agreement, inputs, kernels, local, master, resharding, settings
 from lowmem_adam.codec import FORMAT
-from lowmem_adam.offload import Offload, check_offload
-from lowmem_adam.saving import SavedOptimizer
+from lowmem_adam.gradients import GradientOptimizer
+from lowmem_adam.host_gradients import HostGradients
+from lowmem_adam.offload import Offload, check_offload, check_offload_gradients
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import memory_by_kind
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Adam8bit(SavedOptimizer):
+_WHOLE = ("_shard_group", "_bucket_cap_mb", "_offload", "_offload_gradients")
+"""What ``_reset`` takes, under the names by which it is kept."""
+
+
+class Adam8bit(GradientOptimizer):
     """Adam with 8-bit moments: about 2.02 bytes of state a parameter instead of 8.
 
     A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has four phases:
@@ -69,6 +73,9 @@ class Adam8bit(SavedOptimizer):
             ``init_process_group``.
         offload: ``"cpu"`` keeps moments, and what ``low_precision_update`` keeps, on the host and steps there, while
             parameters and gradients stay on their device. The next forward pass waits for the parameters by itself.
+        offload_gradients: with ``offload``, takes each gradient to the host as the backward pass makes it, frees it on
+            the device, and adds those of further passes on the host. ``param.grad`` is a tensor of the host then that
+            torch's operators accept. Gradients that ``DistributedDataParallel`` holds in its buckets stay.
         bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``, and
             of half of the pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
             in one run are sent in copies, of which all ranks' take no more than that.
@@ -83,16 +90,7 @@ class Adam8bit(SavedOptimizer):
 
     _decoupled = False
 
-    # Set from outside by who scales gradients, for the time of a step; see _grad_factor.
-    grad_scale: Tensor
-    found_inf: Tensor
-
     _stepper: Stepper
-    _clip_coefficient: float
-    # The first gradient of those that _clip_coefficient is of.
-    _clipped: weakref.ref[Tensor] | None
-    # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
-    _reduced: set[int] | None
 
     def __init__(
         self,
@@ -111,12 +109,14 @@ class Adam8bit(SavedOptimizer):
         backend: str | None = None,
         shard_group: Any = None,
         offload: str | None = None,
+        offload_gradients: bool = False,
         bucket_cap_mb: float = 64.0,
         **unsupported: object,
     ) -> None:
         settings.refuse_keywords(unsupported)
         check_shard_group(shard_group)
         check_offload(offload)
+        check_offload_gradients(offload_gradients, offload)
         check_bucket_cap(bucket_cap_mb)
         defaults = {
             "lr": lr,
@@ -134,7 +134,7 @@ class Adam8bit(SavedOptimizer):
             "format_version": FORMAT.version,
         }
         settings.check_group(defaults, type(self).__name__)
-        self._reset(shard_group, bucket_cap_mb, offload)
+        self._reset(shard_group, bucket_cap_mb, offload, offload_gradients)
         super().__init__(params, settings.normalised(defaults))
 
     # ---------------------------------------------------------------- param groups
@@ -168,6 +168,7 @@ class Adam8bit(SavedOptimizer):
                         "accepted with DTensors: shard_group=None"
                     )
         super().add_param_group(settings.normalised(group))
+        self._watch_gradients()
 
     # ---------------------------------------------------------------- step
 
@@ -194,10 +195,13 @@ class Adam8bit(SavedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._finish_in_backward(self._in_backward)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             self._use_up_gradients()
             return loss
+        self._watch_gradients()
         partition = self._cut()
         tasks = self._checked(partition)
         self._stepper.update(self._stepper.make_state(tasks, self.state, partition), partition)
@@ -252,36 +256,6 @@ class Adam8bit(SavedOptimizer):
             raise ValueError("parameters are DTensors; accepted by check_replicas: plain parameters, as under DDP")
         agreement.compare_replicas(labelled, world)
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
-
-        Gradients stay as they are: the step multiplies them on the way, which saves a pass over them. Call it right
-        before ``step``, after a ``GradScaler``'s ``unscale_``; where gradients are set to None instead, it goes with
-        them. With ``reduce_scatter_hook`` it is a collective, of the parts that each rank has.
-
-        Returns:
-            The norm before clipping, a scalar.
-
-        Raises:
-            ValueError: ``max_norm`` is not a number from 0.
-            RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
-        """
-        settings.check_max_norm(max_norm)
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._drop_clipping_of_others()
-        if self._reduced is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
-        else:
-            norm = reduction.norm_of_shards(params, self._cut(), norm_type)
-        if local.is_dtensor(norm):
-            norm = norm.full_tensor()  # type: ignore[attr-defined]
-        if error_if_nonfinite and not bool(norm.isfinite()):
-            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is non-finite: {float(norm)}")
-        norm = norm * self._clip_coefficient
-        self._clipped = next((weakref.ref(p.grad) for p in params if p.grad is not None), None)
-        self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
     def join_hook(self, **_: Any) -> None:
         """Refuse ``torch.distributed.algorithms.join.Join``, which asks by this name.
 
@@ -292,59 +266,6 @@ class Adam8bit(SavedOptimizer):
             "Join is not supported: a rank without batches has no gradients to step its shard with; accepted: as many "
             "batches on every rank, such as DistributedSampler and accelerate deal out"
         )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
-        self._use_up_gradients()
-        super().zero_grad(set_to_none)
-
-    def _drop_clipping_of_others(self) -> None:
-        """Forget a clipping whose gradients were replaced without a step, as by ``model.zero_grad()``."""
-        if self._clip_coefficient != 1.0 and self._clipped is not None:
-            grads = (param.grad for group in self.param_groups for param in group["params"])
-            if next((grad for grad in grads if grad is not None), None) is not self._clipped():
-                self._clip_coefficient = 1.0
-
-    def _use_up_gradients(self) -> None:
-        """Forget what was of these gradients: their clipping, and which of them ranks have reduced."""
-        self._clip_coefficient = 1.0
-        if self._reduced is not None:
-            self._reduced.clear()
-
-    def _reduce_scatter(self, bucket: Any) -> Tensor:
-        """What ``reduce_scatter_hook`` does with a bucket of DDP's; see there."""
-        if self._reduced is None:
-            self._reduced = set()
-        if bucket.index() in self._reduced:
-            raise RuntimeError(
-                "gradients were reduced a second time without a step, when ranks no longer have all of them; accepted "
-                "with reduce_scatter_hook: model.no_sync() for all backward passes of a step but the last, and "
-                "optimizer.zero_grad() where a step is left out"
-            )
-        partition, params = self._cut(), bucket.parameters()
-        if partition.world.group is not None and partition.world.size != torch.distributed.get_world_size():
-            raise ValueError(
-                f"reduce_scatter_hook: shard_group has {partition.world.size} of {torch.distributed.get_world_size()} "
-                "ranks, and would average gradients among these alone; accepted: a shard_group of all ranks, as DDP's"
-            )
-        if self._shard_group is None or not all(param in partition for param in params):
-            raise ValueError(
-                f"reduce_scatter_hook: shard_group is {self._shard_group!r}, and the optimizer has "
-                f"{sum(param in partition for param in params)} of a bucket's {len(params)} parameters; accepted: an "
-                "optimizer with shard_group that has all parameters of the model"
-            )
-        self._reduced.add(bucket.index())
-        return reduction.reduce_scatter(params, bucket.gradients(), bucket.buffer(), partition)
-
-    def _grad_factor(self) -> float:
-        """What the step multiplies gradients by: clipping, and the inverse of an attribute ``grad_scale``.
-
-        ``grad_scale`` and ``found_inf`` are the attributes by which ``torch.amp.GradScaler`` and others drive
-        optimizers that unscale by themselves.
-        """
-        self._drop_clipping_of_others()
-        scale = getattr(self, "grad_scale", None)
-        return self._clip_coefficient if scale is None else self._clip_coefficient / float(scale)
 
     # ---------------------------------------------------------------- what happened, and what is held
 
@@ -383,7 +304,8 @@ class Adam8bit(SavedOptimizer):
         Returns:
             ``parameters``: elements of all parameters; ``bytes``: by kind of tensor, on this rank; ``total_bytes``, on
             this rank; ``bytes_per_parameter``, of this rank's bytes; ``pinned_bytes``: of the buffers that ``offload``
-            has on the host; ``ranks``: total bytes of every rank, those of others by what they hold of the parameters
+            has on the host; ``gradient_bytes``: of the host's memory for gradients that ``offload_gradients`` has
+            taken; ``ranks``: total bytes of every rank, those of others by what they hold of the parameters
             that have state here. State exists from the first step on.
         """
         parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
@@ -395,17 +317,21 @@ class Adam8bit(SavedOptimizer):
             "total_bytes": total,
             "bytes_per_parameter": total / parameters if parameters else 0.0,
             "pinned_bytes": 0 if self._stepper.offload is None else self._stepper.offload.pinned_bytes,
+            "gradient_bytes": 0 if self._stepper.gradients is None else self._stepper.gradients.nbytes,
             "ranks": [total] if self._partition is None else resharding.bytes_by_rank(self.state, self._partition),
         }
 
-    def _reset(self, shard_group: Any, bucket_cap_mb: float, offload: str | None) -> None:
+    def _reset(self, shard_group: Any, bucket_cap_mb: float, offload: str | None, offload_gradients: bool) -> None:
         self._shard_group = shard_group
         self._bucket_cap_mb = bucket_cap_mb
         self._offload = offload
+        self._offload_gradients = offload_gradients
         self._partition = None
-        self._stepper = Stepper(Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None)
+        lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
+        self._stepper = Stepper(lanes, HostGradients(lanes) if lanes is not None and offload_gradients else None)
         self._known = ()
         self._reduced = None
+        self._in_backward = None
         self._warned = False
         self._clip_coefficient = 1.0
         self._clipped = None
@@ -433,7 +359,7 @@ class Adam8bit(SavedOptimizer):
                 f"an optimizer whose shard_group is a {type(self._shard_group).__name__} cannot be copied or pickled, "
                 "as that cannot; accepted: shard_group='world' or None, and state_dict() with any"
             )
-        kept = {name: self.__dict__[name] for name in ("_shard_group", "_bucket_cap_mb", "_offload", "_warned")}
+        kept = {name: self.__dict__[name] for name in (*_WHOLE, "_warned")}
         partition = None if self._partition is None else self._partition.without_group()
         return {**super().__getstate__(), **kept, "_partition": partition, "_skipped": self._stepper.skipped}
 
@@ -441,12 +367,14 @@ class Adam8bit(SavedOptimizer):
         restored = dict(state)
         skipped = restored.pop("_skipped", {})
         if "_stepper" not in self.__dict__:
-            self._reset(restored["_shard_group"], restored["_bucket_cap_mb"], restored["_offload"])
+            restored.setdefault("_offload_gradients", False)  # of a version without it
+            self._reset(*(restored[name] for name in _WHOLE))
             self._stepper.skipped = skipped
         super().__setstate__(restored)
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)
+        self._watch_gradients()
         self._stepper.forget()  # also after a load, or the tensors replaced would stay in memory
         # torch adds this to every optimizer it restores; it is no setting of ours.
         self.defaults.pop("differentiable", None)

@@ -23,6 +23,7 @@ class Keywords(TypedDict, total=False):
     backend: str | None
     shard_group: Any
     offload: str | None
+    offload_gradients: bool
     bucket_cap_mb: float
 
 
@@ -88,7 +89,7 @@ INSTEAD: dict[str, str] = {
 }
 """Keywords of other optimizers and what to use here."""
 
-WHOLE = ("shard_group", "offload", "bucket_cap_mb")
+WHOLE = ("shard_group", "offload", "offload_gradients", "bucket_cap_mb")
 """Keywords of the whole optimizer: no setting of a param group."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {

@@ -6,18 +6,20 @@ Works on an optimizer's param groups and state; keeps what it found out about th
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem_adam import inputs, kernels, settings, updating
+from lowmem_adam.host_gradients import HostGradients
 from lowmem_adam.kernels.fragment import StepScalars
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Partition, read
+from lowmem_adam.stand_ins import HostGradient, SteppedGradient, part_of
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of, new_state, refit_master
 from lowmem_adam.updating import Task
 
@@ -25,9 +27,11 @@ from lowmem_adam.updating import Task
 class Stepper:
     """The phases in their order: ``check``, ``make_state``, ``update``."""
 
-    def __init__(self, offload: Offload | None) -> None:
+    def __init__(self, offload: Offload | None, gradients: HostGradients | None) -> None:
         self.offload = offload
         """The way to the host; None where moments lie with their parameters."""
+        self.gradients = gradients
+        """Takes gradients there before they are stepped; None where they stay on their device."""
         self.skipped: dict[torch.device, Tensor | int] = {}
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
         self._prepared: dict[Tensor, Prepared] = {}
@@ -72,27 +76,43 @@ class Stepper:
             self._prepared.clear()  # some belong to parameters that were taken out
         tasks: list[Task] = []
         for group_index, group in enumerate(groups):
-            self._check_settings(group, group_index)
-            lr = float(group["lr"])
-            records: dict[int, StepScalars] = {}
-            backends: dict[torch.device, str] = {}
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                label = label_of(group, group_index, index)
-                master = master_dtype(param.dtype, group)
-                state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
-                if param.device not in backends:
-                    backends[param.device] = kernels.choose(group["backend"], self.home_of(param))
-                grad = local_gradient(param, grad)
-                if group["nonfinite"] == "error":
-                    _check_finite(param, grad, grad_factor, partition, label)
-                step = int(state["step"]) + 1 if state else 1
-                if step not in records:
-                    records[step] = _scalars(group, lr, step, grad_factor, label)
-                told = (group["moments"], master, backends[param.device], records[step], label)
-                tasks.append(Task(param, grad, *told, state, prepared))
+            tasks += self.check_some(group, group_index, enumerate(group["params"]), states, partition, grad_factor)
+        return tasks
+
+    def check_some(
+        self,
+        group: dict[str, Any],
+        group_index: int,
+        params: Iterable[tuple[int, Tensor]],
+        states: Mapping[Tensor, dict[str, Tensor]],
+        partition: Partition,
+        grad_factor: float,
+    ) -> list[Task]:
+        """As ``check``, of some parameters of a group, each with its place there."""
+        self._check_settings(group, group_index)
+        tasks: list[Task] = []
+        lr = float(group["lr"])
+        records: dict[int, StepScalars] = {}
+        backends: dict[torch.device, str] = {}
+        for index, param in params:
+            grad = param.grad
+            if grad is None or isinstance(part_of(grad), SteppedGradient):
+                continue
+            label = label_of(group, group_index, index)
+            master = master_dtype(param.dtype, group)
+            state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
+            if param.device not in backends:
+                backends[param.device] = kernels.choose(group["backend"], self.home_of(param))
+            grad = local_gradient(param, grad)
+            if isinstance(grad, HostGradient):
+                grad = grad.values()
+            if group["nonfinite"] == "error":
+                _check_finite(param, grad, grad_factor, partition, label)
+            step = int(state["step"]) + 1 if state else 1
+            if step not in records:
+                records[step] = _scalars(group, lr, step, grad_factor, label)
+            told = (group["moments"], master, backends[param.device], records[step], label)
+            tasks.append(Task(param, grad, *told, state, prepared))
         return tasks
 
     def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
@@ -178,6 +198,8 @@ class Stepper:
             tasks: complete ones.
             partition: who steps what.
         """
+        if self.gradients is not None:
+            self.gradients.settle()  # also those that nobody waits for: their buffers are the step's now
         updating.update(tasks, partition, self.offload, self.skipped)
 
 

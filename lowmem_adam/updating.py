@@ -15,13 +15,16 @@ from torch import Tensor
 
 from lowmem_adam import kernels
 from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
-from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks
+from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks, on_device
 from lowmem_adam.prepared import Prepared
 from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
 
 
 class Task(NamedTuple):
-    """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here."""
+    """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here.
+
+    The gradient may be on the host, where the parameter is not.
+    """
 
     param: Tensor
     grad: Tensor
@@ -105,7 +108,7 @@ def _stages(tasks: Sequence[Task], partition: Partition, offload: Offload | None
 
 
 def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload) -> Iterator[Stage]:
-    sizes = [(piece, task.param.element_size() + task.grad.element_size()) for piece, task in work]
+    sizes = [(piece, sum(t.element_size() for t in on_device(task.param, task.grad))) for piece, task in work]
     for chunk in in_chunks(sizes, offload.buffer_bytes):
         pieces = [(piece, work[index][1]) for index, piece in chunk]
         yield Stage(pieces, offload.fetch([_part(piece, task) for piece, task in pieces]), None)

@@ -5,28 +5,32 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
 
 from lowmem_adam import AdamW8bit, offload
-from tests import offload_cases, sim_device
+from tests import host_gradient_cases, offload_cases, sim_device
 from tests.cases import DTYPES, SHAPES, assert_same_bits, everything, make_params, train
 from tests.sim_device import running
 
+MODULES = (offload_cases, host_gradient_cases)
 REASON = sim_device.why_unavailable()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return running.outcomes([offload_cases], tmp_path_factory.mktemp("sim") / "results.jsonl")
+    return running.outcomes(MODULES, tmp_path_factory.mktemp("sim") / "results.jsonl")
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("case", running.cases_of(offload_cases))
-def test_on_the_simulated_device(outcomes: dict[str, str], case: str) -> None:
-    failure = outcomes[running.full_name(offload_cases, case)]
+@pytest.mark.parametrize(
+    ("module", "case"), [(module, case) for module in MODULES for case in running.cases_of(module)]
+)
+def test_on_the_simulated_device(outcomes: dict[str, str], module: ModuleType, case: str) -> None:
+    failure = outcomes[running.full_name(module, case)]
     assert not failure, failure
 
 
@@ -68,7 +72,7 @@ def test_a_buffer_is_given_up_before_a_larger_one_is_asked_for() -> None:
         held.append(slot.memory.numel())
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    slot = offload._Slot(allocate)
+    slot = offload.Slot(allocate)
     small = slot.take([100, 3])
     assert [part.numel() for part in small] == [100, 3]
     assert slot.memory.numel() == 3 * offload.ALIGNMENT
