@@ -132,17 +132,25 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 class SteppedGradient(Tensor):
     """Stands for a gradient that ``step_in_backward`` has used and freed; refuses whatever reads it or adds to it.
 
+    Once it was set to zero, as ``zero_grad(set_to_none=False)`` does, the gradient that is added is the next one.
+
     Raises:
         RuntimeError: by all operators but those that set a gradient to zero or pass it on.
     """
+
+    added: Tensor | None
+    """The next gradient."""
+    _is_zero: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, grad: Tensor) -> SteppedGradient:
-        return Tensor._make_wrapper_subclass(
+        made = Tensor._make_wrapper_subclass(
             cls, grad.shape, strides=grad.stride(), dtype=grad.dtype, device=grad.device
         )
+        made._is_zero, made.added = False, None
+        return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SteppedGradient(shape={tuple(self.shape)}, device={str(self.device)!r})"
@@ -155,6 +163,11 @@ class SteppedGradient(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (_aten.zero_.default, _aten._foreach_zero_.default):
+            for grad in args[0] if isinstance(args[0], list | tuple) else [args[0]]:
+                grad._is_zero, grad.added = True, None
+            return args[0]
+        if func is _aten.add_.Tensor and args[0]._is_zero and not kwargs and type(args[1]) is Tensor:
+            args[0]._is_zero, args[0].added = False, args[1]
             return args[0]
         if func in (_aten.detach.default, _aten.alias.default):
             return SteppedGradient(args[0])

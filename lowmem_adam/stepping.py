@@ -67,11 +67,7 @@ class Stepper:
             ValueError: something is not accepted.
             RuntimeError: inside of a CUDA graph capture.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
-                "accepted: steps outside of captures"
-            )
+        refuse_capture()
         if len(self._prepared) > sum(len(group["params"]) for group in groups):
             self._prepared.clear()  # some belong to parameters that were taken out
         tasks: list[Task] = []
@@ -201,6 +197,19 @@ class Stepper:
         if self.gradients is not None:
             self.gradients.settle()  # also those that nobody waits for: their buffers are the step's now
         updating.update(tasks, partition, self.offload, self.skipped)
+
+
+def refuse_capture() -> None:
+    """Refuse to step inside of a CUDA graph capture.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
+            "accepted: steps outside of captures"
+        )
 
 
 def _keeps_another(state: Mapping[str, Tensor], master: torch.dtype | None) -> bool:

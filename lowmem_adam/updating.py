@@ -54,10 +54,7 @@ Skipped = MutableMapping[torch.device, Tensor | int]
 
 
 def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None, skipped: Skipped) -> None:
-    """Step this rank's shard and gather everybody's, buckets' gathers beside the next ones' steps.
-
-    As many are on their way as the bytes of their copies allow. Every bucket is gathered, whatever has a gradient here:
-    ranks that disagree about that still send alike.
+    """Step this rank's shard and gather everybody's.
 
     Args:
         tasks: complete ones.
@@ -65,46 +62,89 @@ def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None,
         offload: the way to the host; None where moments lie with their parameters.
         skipped: is added to.
     """
-    world = partition.world
-    gathers: deque[tuple[Gather, int]] = deque()
-    if offload is not None:
-        offload.begin()
-    for stage in _begun_ahead(_stages(tasks, partition, offload), AHEAD if offload is not None else 0):
-        _step(stage, skipped)
-        bucket = stage.completes
-        if bucket is not None and world.size > 1:
-            if offload is not None:
-                offload.join()
-            while gathers and bucket.copied + sum(held for _, held in gathers) > partition.bucket_bytes:
-                gathers.popleft()[0].wait()
-            gathers.append((Gather(bucket, partition), bucket.copied))
-    if offload is not None:
-        offload.join()
-    for gather, _ in gathers:
-        gather.wait()
+    flow = Flow(partition, offload, skipped)
+    for stage in _stages(tasks, partition, offload):
+        flow.put(stage)
+    flow.finish()
+    count(tasks)
+
+
+def count(tasks: Iterable[Task]) -> None:
+    """Write down that parameters have taken their step."""
     for task in tasks:
         assert task.state is not None
         task.state["step"].fill_(task.scalars.step)
+
+
+class Flow:
+    """Stages from their way down to their gather: buckets' gathers go on beside the next ones' steps.
+
+    As many are on their way as the bytes of their copies allow. Every bucket is gathered, whatever has a gradient here:
+    ranks that disagree about that still send alike.
+
+    Args:
+        partition: who steps what.
+        offload: the way to the host; None where moments lie with their parameters.
+        skipped: is added to.
+    """
+
+    def __init__(self, partition: Partition, offload: Offload | None, skipped: Skipped) -> None:
+        self._partition, self._offload, self._skipped = partition, offload, skipped
+        self._begun: deque[Stage] = deque()
+        self._gathers: deque[tuple[Gather, int]] = deque()
+        if offload is not None:
+            offload.begin()
+
+    def put(self, stage: Stage) -> None:
+        """Add a stage, and step the oldest once enough of the next ones have been begun."""
+        self._begun.append(stage)
+        if len(self._begun) > (AHEAD if self._offload is not None else 0):
+            self._step_next()
+
+    def finish(self) -> None:
+        """Step what is left, and let what reads parameters wait for all of them."""
+        while self._begun:
+            self._step_next()
+        if self._offload is not None:
+            self._offload.join()
+        while self._gathers:
+            self._gathers.popleft()[0].wait()
+
+    def _step_next(self) -> None:
+        stage = self._begun.popleft()
+        _step(stage, self._skipped)
+        bucket = stage.completes
+        if bucket is None or self._partition.world.size == 1:
+            return
+        if self._offload is not None:
+            self._offload.join()
+        while self._gathers and bucket.copied + sum(held for _, held in self._gathers) > self._partition.bucket_bytes:
+            self._gathers.popleft()[0].wait()
+        self._gathers.append((Gather(bucket, self._partition), bucket.copied))
 
 
 def _stages(tasks: Sequence[Task], partition: Partition, offload: Offload | None) -> Iterator[Stage]:
     """The stages of this rank's shard in order; those by way of the host are on their way when they are returned."""
     by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
     for bucket in partition.buckets:
-        here: list[tuple[Piece, Task]] = []
-        elsewhere: dict[torch.device, list[tuple[Piece, Task]]] = {}
-        for piece in bucket.pieces[partition.world.rank]:
-            task = by_id.get(id(piece.param))
-            if task is None:
-                continue
-            if offload is None or task.param.is_cpu:
-                here.append((piece, task))
-            else:
-                elsewhere.setdefault(task.param.device, []).append((piece, task))
-        for of_device in elsewhere.values():
-            assert offload is not None
-            yield from _by_way_of_host(of_device, offload)
-        yield Stage(here, None, bucket)
+        pieces = bucket.pieces[partition.world.rank]
+        work = [(piece, task) for piece in pieces if (task := by_id.get(id(piece.param))) is not None]
+        yield from stages_of(work, offload, bucket)
+
+
+def stages_of(work: Sequence[tuple[Piece, Task]], offload: Offload | None, completes: Bucket | None) -> Iterator[Stage]:
+    """The stages of some pieces; the last of them completes a bucket, where one is given."""
+    here: list[tuple[Piece, Task]] = []
+    elsewhere: dict[torch.device, list[tuple[Piece, Task]]] = {}
+    for piece, task in work:
+        if offload is None or task.param.is_cpu:
+            here.append((piece, task))
+        else:
+            elsewhere.setdefault(task.param.device, []).append((piece, task))
+    for of_device in elsewhere.values():
+        assert offload is not None
+        yield from _by_way_of_host(of_device, offload)
+    yield Stage(here, None, completes)
 
 
 def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload) -> Iterator[Stage]:
@@ -118,16 +158,6 @@ def _part(piece: Piece, task: Task) -> Part:
     assert task.prepared is not None
     start, stop = task.prepared.elements(piece.first_block, piece.end_block)
     return Part(task.prepared.param, task.grad.detach(), start, stop)
-
-
-def _begun_ahead(stages: Iterable[Stage], count: int) -> Iterator[Stage]:
-    """Each after so many of the next ones have been begun."""
-    begun: deque[Stage] = deque()
-    for stage in stages:
-        begun.append(stage)
-        if len(begun) > count:
-            yield begun.popleft()
-    yield from begun
 
 
 def _step(stage: Stage, skipped: Skipped) -> None:

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 
 from lowmem_adam import AdamW8bit, offload
-from tests import host_gradient_cases, offload_cases, sim_device
+from tests import host_gradient_cases, in_backward_cases, offload_cases, sim_device
 from tests.cases import DTYPES, SHAPES, assert_same_bits, everything, make_params, train
 from tests.sim_device import running
 
-MODULES = (offload_cases, host_gradient_cases)
+MODULES = (offload_cases, host_gradient_cases, in_backward_cases)
 REASON = sim_device.why_unavailable()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
+Outcomes = Callable[[ModuleType], dict[str, str]]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return running.outcomes(MODULES, tmp_path_factory.mktemp("sim") / "results.jsonl")
+def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """A child for each module of cases, run by the first test that asks for it: its time is that test's."""
+    return functools.cache(lambda module: running.outcomes([module], tmp_path_factory.mktemp("sim") / "results.jsonl"))
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("module", "case"), [(module, case) for module in MODULES for case in running.cases_of(module)]
 )
-def test_on_the_simulated_device(outcomes: dict[str, str], module: ModuleType, case: str) -> None:
-    failure = outcomes[running.full_name(module, case)]
+def test_on_the_simulated_device(outcomes_of: Outcomes, module: ModuleType, case: str) -> None:
+    failure = outcomes_of(module)[running.full_name(module, case)]
     assert not failure, failure
 
 

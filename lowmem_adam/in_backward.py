@@ -1,0 +1,216 @@
+"""Gradient release: a parameter is stepped in the backward pass, as soon as its gradient is there, which is then freed.
+
+The gradients of a model never are there together, which on a device is what is left of the memory of training beside
+the parameters once moments are on the host. Source of the idea: Lv et al. 2023 (arXiv 2306.09782); torch's tutorial
+"How to save memory by fusing the optimizer step into the backward pass".
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_adam.optimizer import Adam8bit
+from lowmem_adam.stand_ins import SteppedGradient, part_of, place_like
+from lowmem_adam.stepping import refuse_capture
+from lowmem_adam.updating import Flow, Task, count, stages_of
+
+
+def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
+    """Step each parameter of a model in the backward pass, as its gradient becomes final, and free the gradient.
+
+    The training loop stays as it is: ``zero_grad()``, one backward pass, ``step()``, which then steps what was not
+    stepped yet, and the learning-rate scheduler. Steps have the bits that they have without this. In ``param.grad``
+    stands a tensor that refuses to be read: what needs all gradients at once cannot be had.
+
+    With ``offload`` the host steps parameters while the device goes on with the backward pass.
+
+    Args:
+        model: has parameters of the optimizer. FSDP2's is served, as it reduces gradients before it calls hooks.
+        optimizer: ``Adam8bit`` or ``AdamW8bit``, also as ``Accelerator.prepare`` returns it.
+
+    Returns:
+        What undoes it by ``remove()``, or at the end of a ``with`` block.
+
+    Raises:
+        TypeError: another model or optimizer.
+        ValueError: what cannot be served: ``DistributedDataParallel``, which reduces gradients later and keeps them in
+            buckets of its own, so that none would be freed; moments that several ranks share; accelerate's
+            accumulation over several passes and its ``GradScaler``; ``nonfinite="error"``, which checks all gradients
+            first; gradients that are there already; a model of which the optimizer has no parameter.
+        RuntimeError: the optimizer steps in backward passes already. Later, from where it is tried: a second gradient
+            for a parameter before ``zero_grad()`` and whatever else reads gradients, ``clip_grad_norm_``,
+            ``GradScaler``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; accepted: a torch.nn.Module")
+    own = _own_of_accelerate(optimizer)
+    if not isinstance(own, Adam8bit):
+        raise TypeError(f"optimizer is a {type(own).__name__}; accepted: Adam8bit, AdamW8bit")
+    if own._in_backward is not None:
+        raise RuntimeError("the optimizer steps in backward passes already; accepted: remove() of that handle first")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model is a DistributedDataParallel, which reduces gradients after their parameters' hooks and keeps all "
+            "of them in its buckets; accepted: a model in one process, or FSDP2's fully_shard"
+        )
+    return StepInBackward(model, own)
+
+
+def _own_of_accelerate(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped, or what was given.
+
+    Raises:
+        ValueError: accelerate was told to do what cannot be served.
+    """
+    accelerate = sys.modules.get("accelerate.optimizer")
+    if accelerate is None or not isinstance(optimizer, accelerate.AcceleratedOptimizer):
+        return optimizer
+    if optimizer.scaler is not None:
+        raise ValueError("accelerate scales gradients (mixed_precision='fp16'); accepted: 'no' and 'bf16'")
+    passes = optimizer.gradient_state.num_steps
+    if passes > 1:
+        raise ValueError(f"accelerate's gradient_accumulation_steps is {passes}; accepted: 1")
+    return optimizer.optimizer
+
+
+class StepInBackward:
+    """What ``step_in_backward`` has set up; see there."""
+
+    def __init__(self, model: nn.Module, optimizer: Adam8bit) -> None:
+        self._optimizer = optimizer
+        self._check_settings()
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = [param for param in model.parameters() if id(param) in held]
+        if not params:
+            raise ValueError(
+                f"the optimizer has none of the {sum(1 for _ in model.parameters())} parameters of the model; "
+                "accepted: an optimizer of this model's parameters"
+            )
+        given = sum(param.grad is not None for param in params)
+        if given:
+            raise ValueError(f"{given} parameters have gradients; accepted: none, as after zero_grad() or before any")
+        self._flow: Flow | None = None
+        self._pass = -1
+        self._places: dict[int, tuple[int, int]] = {}
+        self._waiting: list[Task] = []
+        self._waiting_bytes = 0
+        self._hooks: list[Any] = [
+            param.register_post_accumulate_grad_hook(self._step)  # type: ignore[no-untyped-call]
+            for param in params
+            if param.requires_grad
+        ]
+        optimizer._in_backward = self
+        self._pause_taking(True)
+
+    def remove(self) -> None:
+        """Undo it: gradients are there for ``step()`` again. Further calls do nothing."""
+        if self._optimizer._in_backward is self:
+            self.finish()
+            self._optimizer._in_backward = None
+            self._pause_taking(False)
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Step what still waits, and let what reads parameters wait for all that were stepped."""
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            self._send(flow)
+            flow.finish()
+
+    # ---------------------------------------------------------------- a parameter with its gradient
+
+    @torch.no_grad()
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step(self, param: Tensor) -> None:
+        if (
+            param.grad is not None
+            and isinstance(part := part_of(param.grad), SteppedGradient)
+            and part.added is not None
+        ):
+            added = part.added
+            param.grad = place_like(param.grad, lambda _: added)
+        grad = param.grad
+        if grad is None or isinstance(part_of(grad), SteppedGradient):
+            return
+        optimizer, stepper = self._optimizer, self._optimizer._stepper
+        flow, partition = self._current_flow(), optimizer._cut()
+        if id(param) not in self._places:  # it was taken out of the optimizer
+            return
+        group_index, index = self._places[id(param)]
+        group = optimizer.param_groups[group_index]
+        tasks = stepper.check_some(group, group_index, [(index, param)], optimizer.state, partition, 1.0)
+        tasks = stepper.make_state(tasks, optimizer.state, partition)
+        param.grad = place_like(grad, SteppedGradient)
+        # As for every write into a parameter: what the rest of the pass still needs of it is an error of torch's.
+        torch.autograd.graph.increment_version(param)
+        self._waiting += tasks
+        self._waiting_bytes += sum(task.grad.nbytes for task in tasks)
+        count(tasks)
+        optimizer._consolidated = None
+        if stepper.offload is None or param.is_cpu or self._waiting_bytes >= stepper.offload.buffer_bytes:
+            self._send(flow)
+        if self._pass < 0:
+            self.finish()
+
+    def _current_flow(self) -> Flow:
+        """What the parameters of this backward pass go through; ends that of a pass that was broken off."""
+        this_pass = torch._C._current_graph_task_id()
+        if self._flow is not None and this_pass != self._pass:
+            self.finish()
+        if self._flow is None:
+            refuse_capture()
+            self._check_settings()
+            optimizer = self._optimizer
+            self._places = {
+                id(param): (group_index, index)
+                for group_index, group in enumerate(optimizer.param_groups)
+                for index, param in enumerate(group["params"])
+            }
+            self._flow = Flow(optimizer._cut(), optimizer._stepper.offload, optimizer._stepper.skipped)
+            self._pass = this_pass
+            if this_pass >= 0:
+                torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+        return self._flow
+
+    def _send(self, flow: Flow) -> None:
+        """Start what waits on its way; small parameters go together."""
+        partition, offload = self._optimizer._cut(), self._optimizer._stepper.offload
+        work = [(partition.own(task.param), task) for task in self._waiting]
+        self._waiting, self._waiting_bytes = [], 0
+        for stage in stages_of(work, offload, None):
+            flow.put(stage)
+
+    def _check_settings(self) -> None:
+        """Check what may also change later.
+
+        Raises:
+            ValueError: what needs all gradients, or all ranks, at once.
+        """
+        optimizer = self._optimizer
+        if optimizer._stops_at_nonfinite():
+            raise ValueError('nonfinite is "error", which checks all gradients first; accepted: "skip", "propagate"')
+        size = optimizer._cut().world.size
+        if size > 1:
+            raise ValueError(
+                f"{size} ranks share the moments, and all of them must step together; accepted: shard_group=None, as "
+                "with FSDP2, or a group of one rank"
+            )
+
+    def _pause_taking(self, paused: bool) -> None:
+        if self._optimizer._stepper.gradients is not None:
+            self._optimizer._stepper.gradients.paused = paused
