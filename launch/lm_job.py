@@ -117,6 +117,7 @@ def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
             seed=settings.seed,
             shard=settings.shard,
             offload=settings.offload,
+            offload_gradients=settings.offload_gradients,
         ),
     )
     schedule = partial(

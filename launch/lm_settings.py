@@ -30,6 +30,7 @@ IMMATERIAL = frozenset(
         # Any number of shards gives the same bits, on the host or not, and a checkpoint holds the whole state.
         "shard",
         "offload",
+        "offload_gradients",
     }
 )
 
@@ -45,6 +46,7 @@ class TrainingSettings:
     weight_decay: float = 1e-2
     shard: bool = False
     offload: bool = False
+    offload_gradients: bool = False
     seed: int = 0
     steps: int = 250
     warmup_steps: int = 25
@@ -72,7 +74,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_optimizer_name(self.optimizer)
-        check_place(self.optimizer, shard=self.shard, offload=self.offload)
+        check_place(self.optimizer, shard=self.shard, offload=self.offload, offload_gradients=self.offload_gradients)
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
         check_choice("param_dtype", self.param_dtype, tuple(PARAMETER_DTYPES))

@@ -25,6 +25,7 @@ class OptimizerSettings:
     # Over all processes; only those in OURS can, and keep state on the host.
     shard: bool = False
     offload: bool = False
+    offload_gradients: bool = False
 
 
 Parameters = Iterable[torch.nn.Parameter]
@@ -43,7 +44,12 @@ def _common(settings: OptimizerSettings) -> dict[str, Any]:
 def _of_ours(settings: OptimizerSettings) -> dict[str, Any]:
     """The keywords of this repository's optimizers."""
     where = {"shard_group": "world" if settings.shard else None, "offload": "cpu" if settings.offload else None}
-    return {**_common(settings), "seed": settings.seed, **where}
+    return {
+        **_common(settings),
+        "seed": settings.seed,
+        **where,
+        "offload_gradients": settings.offload_gradients,
+    }
 
 
 def _adamw8bit(parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -101,12 +107,14 @@ def check_optimizer_name(name: str) -> None:
         raise ValueError(f"unknown optimizer {name!r}; accepted: {', '.join(FACTORIES)}")
 
 
-def check_place(name: str, *, shard: bool, offload: bool) -> None:
+def check_place(name: str, *, shard: bool, offload: bool, offload_gradients: bool) -> None:
     """Refuse to shard or offload what keeps all of its state in every process, on its device."""
     if shard and name not in OURS:
         raise ValueError(f"shard is for {', '.join(OURS)}; {name} keeps its whole state in every process")
     if offload and name not in OURS:
         raise ValueError(f"offload is for {', '.join(OURS)}; {name} keeps its state on the model's device")
+    if offload_gradients and not offload:
+        raise ValueError("offload_gradients goes with offload, and offload is not set")
 
 
 def check_seed(seed: int) -> None:
@@ -118,7 +126,7 @@ def check_seed(seed: int) -> None:
 def build_optimizer(name: str, parameters: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Build the optimizer called `name` over `parameters`."""
     check_optimizer_name(name)
-    check_place(name, shard=settings.shard, offload=settings.offload)
+    check_place(name, shard=settings.shard, offload=settings.offload, offload_gradients=settings.offload_gradients)
     return FACTORIES[name](parameters, settings)
 
 

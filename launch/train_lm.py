@@ -15,6 +15,7 @@ app = typer.Typer(add_completion=False)
 
 SHARD_HELP = f"Share the optimizer's state out over the processes; for {', '.join(OURS)}."
 OFFLOAD_HELP = f"Keep the optimizer's state on the host and step there; for {', '.join(OURS)}."
+GRADIENTS_HELP = "With --offload: take gradients to the host, too, as the backward pass makes them."
 DATA_HELP = "A text file or a folder of them; may be given several times. Default: the Python standard library."
 
 
@@ -27,6 +28,7 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="Reaches every parameter; adam8bit: L2.")] = 1e-2,
     shard: Annotated[bool, typer.Option(help=SHARD_HELP)] = False,
     offload: Annotated[bool, typer.Option(help=OFFLOAD_HELP)] = False,
+    offload_gradients: Annotated[bool, typer.Option(help=GRADIENTS_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Fixes weights, data order and rounding.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 250,
     warmup_steps: Annotated[int, typer.Option(help="Linear warmup before the cosine.")] = 25,

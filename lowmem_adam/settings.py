@@ -100,6 +100,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "differentiable": (False,),
     "shard_group": (None,),
     "offload": (None,),
+    "offload_gradients": (False,),
 }
 """Values of torch's own keywords that ask for nothing: taken and forgotten, so that scripts need no change."""
 

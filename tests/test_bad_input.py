@@ -171,6 +171,8 @@ def test_moments_of_a_running_parameter_cannot_change() -> None:
         ("bucket_cap_mb", 0, ValueError, "accepted: finite numbers above 0"),
         ("bucket_cap_mb", "64", ValueError, "accepted: finite numbers above 0"),
         ("offload", "gpu", ValueError, "accepted: None, 'cpu'"),
+        ("offload_gradients", 1, ValueError, "accepted: True, False"),
+        ("offload_gradients", True, ValueError, "accepted with it: offload='cpu'"),
     ],
 )
 @pytest.mark.parametrize("cls", CLASSES)
@@ -181,9 +183,9 @@ def test_other_optimizers_keywords(
         cls(make_params(FEW), **{name: value})
 
 
-@pytest.mark.parametrize("name", ["shard_group", "offload"])
-def test_planned_keywords_accept_none(name: str) -> None:
-    keywords: dict[str, Any] = {name: None}
+@pytest.mark.parametrize(("name", "nothing"), [("shard_group", None), ("offload", None), ("offload_gradients", False)])
+def test_keywords_of_the_whole_optimizer_ask_for_nothing_in_a_group(name: str, nothing: Any) -> None:
+    keywords: dict[str, Any] = {name: nothing}
     assert name not in AdamW8bit(make_params(FEW), **keywords).param_groups[0]
     assert name not in AdamW8bit([{"params": make_params(FEW), **keywords}]).param_groups[0]
     with pytest.raises(ValueError, match=f"param group 0: {name} is 'world'.*accepted: "):

@@ -139,9 +139,15 @@ def test_labels_say_where_the_state_was(tmp_path: Path) -> None:
     assert labels == [f"adamw8bit{words}" for words in ("", " sharded", " offloaded", " sharded offloaded")]
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "shard": {"shard": True},
+    "offload": {"offload": True},
+    "offload_gradients": {"offload": True, "offload_gradients": True},
+}
+
+
 def settings_with(way: str, chosen: bool) -> optimizers.OptimizerSettings:
-    changes: dict[str, Any] = {way: chosen}
-    return replace(optimizers.OptimizerSettings(), **changes)
+    return replace(optimizers.OptimizerSettings(), **WAYS[way] if chosen else {})
 
 
 @pytest.mark.parametrize("name", optimizers.FACTORIES)
@@ -160,15 +166,21 @@ def test_only_ours_can_be_sharded_and_offloaded(name: str, way: str, tmp_path: P
         optimizers.build_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], settings_with(way, True))
 
 
+def test_gradients_go_to_the_host_with_the_state_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="offload_gradients goes with offload"):
+        TrainingSettings(output_dir=tmp_path, offload_gradients=True)
+
+
 @pytest.mark.parametrize("name", optimizers.OURS)
-@pytest.mark.parametrize("way", ["shard", "offload"])
+@pytest.mark.parametrize("way", WAYS)
 def test_sharded_or_offloaded_in_one_process_on_the_cpu_is_the_same(name: str, way: str) -> None:
     held = []
     for chosen in (False, True):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(64, 128))
         optimizer = optimizers.build_optimizer(name, [parameter], settings_with(way, chosen))
-        assert (getattr(optimizer, "_offload", None) == "cpu") == (chosen and way == "offload")
+        assert (getattr(optimizer, "_offload", None) == "cpu") == (chosen and way != "shard")
+        assert getattr(optimizer, "_offload_gradients", None) == (chosen and way == "offload_gradients")
         parameter.grad = torch.randn(64, 128)
         optimizer.step()
         held.append((parameter.detach().clone(), reporting.optimizer_state_bytes(optimizer)))
