@@ -185,6 +185,7 @@ class Adam8bit(GradientOptimizer):
         Raises:
             ValueError: a setting, a gradient or a state that is not accepted; a non-finite gradient under
                 ``nonfinite="error"``. No parameter and no state has changed then.
+            torch.OutOfMemoryError: there is no memory for state that is to be made; nor has anything changed then.
             RuntimeError: inside of a CUDA graph capture.
         """
         if not self.state and asked_by_checkpoint():

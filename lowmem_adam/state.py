@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,17 +111,27 @@ def new_state(
     return {name: _new_tensor(name, param, shape, dtype, span, home) for name, (shape, dtype) in expected.items()}
 
 
-def refit_master(
-    state: dict[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None, home: torch.device
-) -> None:
-    """Drop what is kept of the weight, where the setting of that has changed, and begin anew with the parameter."""
-    for key in MASTER_KEYS.values():
-        state.pop(key, None)
+def refitted(
+    state: Mapping[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None, home: torch.device
+) -> dict[str, Tensor]:
+    """State where the setting of what is kept of the weight has changed: without that, and begun anew as it now is."""
+    out = {name: value for name, value in state.items() if name not in MASTER_KEYS.values()}
     if master is not None:
         part = None if is_dtensor(param) else span
         name = MASTER_KEYS[master]
         shape, dtype = expected_tensors(param.shape, "32bit", part, master)[name]
-        state[name] = _new_tensor(name, param, shape, dtype, part, home)
+        out[name] = _new_tensor(name, param, shape, dtype, part, home)
+    return out
+
+
+def state_bytes(param: Tensor, moments: str, span: Span, master: torch.dtype | None, held: Mapping[str, Tensor]) -> int:
+    """What a parameter's state takes here, but for the tensors that it holds already."""
+    expected = expected_tensors(param.shape, moments, None if is_dtensor(param) else span, master)
+    return sum(
+        math.prod(_shape_here(name, param, shape)) * dtype.itemsize
+        for name, (shape, dtype) in expected.items()
+        if name not in held or held[name].dtype != dtype
+    )
 
 
 def _new_tensor(
@@ -128,19 +139,20 @@ def _new_tensor(
 ) -> Tensor:
     if name == "step":
         return torch.zeros(shape, dtype=dtype)
-    by_block = name in METADATA_KEYS
-    part = torch.zeros(_local_shape(param, by_block) if is_dtensor(param) else shape, dtype=dtype, device=home)
+    part = torch.zeros(_shape_here(name, param, shape), dtype=dtype, device=home)
     if name == MASTER_KEYS[torch.float32]:
         held, layout = local(param), Layout.of(param.shape)
         low, high = entries(name, layout, (0, layout.n_blocks) if span is None else span)
         part.view(-1).copy_(held.detach().reshape(-1) if is_dtensor(param) else read(held, low, high))
-    return like(param, part, shape, by_block=by_block)
+    return like(param, part, shape, by_block=name in METADATA_KEYS)
 
 
-def _local_shape(param: Tensor, by_block: bool) -> tuple[int, ...]:
-    """Shape of what lies here of a DTensor's state: an entry an element, or a block."""
+def _shape_here(name: str, param: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what lies here of a tensor of the state: of a DTensor's its part, an entry an element, or a block."""
+    if name == "step" or not is_dtensor(param):
+        return shape
     place = place_of(param)
-    if not by_block:
+    if name not in METADATA_KEYS:
         return place.shape
     if len(place.shape) < 2:
         return (1, place.span[1] - place.span[0])

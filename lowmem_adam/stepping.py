@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_adam import inputs, kernels, settings, updating
+from lowmem_adam import inputs, kernels, making, settings, updating
 from lowmem_adam.host_gradients import HostGradients
 from lowmem_adam.kernels.fragment import StepScalars
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
@@ -20,7 +20,7 @@ from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Partition, read
 from lowmem_adam.stand_ins import HostGradient, SteppedGradient, part_of
-from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of, new_state, refit_master
+from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
 from lowmem_adam.updating import Task
 
 
@@ -166,17 +166,16 @@ class Stepper:
 
         Returns:
             The tasks, each with its state.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it; nothing has changed.
         """
+        states.update(making.made([task for task in tasks if task.prepared is None], partition, self.home_of))
         complete = []
         for task in tasks:
             if task.prepared is None:
-                param, master, home = task.param, task.master, self.home_of(task.param)
-                if task.state is None:
-                    states[param] = new_state(param, task.moments, partition.span(param), master, home)
-                else:
-                    refit_master(states[param], param, partition.span(param), master, home)
-                state = states[param]
-                prepared = _prepared(param, state, task.moments, task.label, partition, master, home)
+                param, state, home = task.param, states[task.param], self.home_of(task.param)
+                prepared = _prepared(param, state, task.moments, task.label, partition, task.master, home)
                 self._prepared[param] = prepared
                 task = task._replace(state=state, prepared=prepared)
             complete.append(task)

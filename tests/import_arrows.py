@@ -20,6 +20,7 @@ RANKS = {
     "shard": 3,
     "shard_tensor": 3,
     "agreement": 3,
+    "making": 3,
     "stepping": 3,
     "updating": 3,
     "resharding": 3,
