@@ -4,7 +4,7 @@
 
 Runs on the simulated accelerator of the tests (tests/sim_device), which counts bytes and delays copies, and so needs a
 C++ compiler. Offloaded optimizers first have to give the bits of the same optimizer on the host. What the host's step
-itself takes is bench_step_time's and bench_master_weights' to say.
+takes is measured without it, against torch's fused AdamW and, where it is installed, DeepSpeedCPUAdam.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 import typer
 
-from benchmarks import harness
+from benchmarks import harness, offload_host_step
 from benchmarks.offload_plot import plot
 from benchmarks.step_contestants import SETTINGS, Shape, count, gpt2_shapes, make_params
+from benchmarks.step_timing import Plan
 from lowmem_adam import AdamW8bit, kernels
 from lowmem_adam.offload import SLOTS
 from tests import sim_device as sim
@@ -221,20 +222,29 @@ def tables(data: dict[str, Any]) -> list[Table]:
         ("Targets", ["case", "check", "measured", "at most", "met"], checks),
         ("Transfers as slow as the host's step", ["", "median"], rows),
         ("Models", ["case", "parameters", "tensors"], sizes),
+        *offload_host_step.tables(data["host_step"]),
     ]
+
+
+def measure_host_step(quick: bool, threads: int) -> dict[str, Any]:
+    plan = Plan(rounds=3, seconds=2.0, least=2, sample_seconds=1e-3) if quick else Plan(rounds=41, seconds=60.0)
+    size = {"numel": 1 << 17, "stream": 1 << 20} if quick else {"numel": 1 << 25, "stream": 1 << 26}
+    return offload_host_step.measure(**size, plan=plan, threads=threads)
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Small models, to see that everything runs.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and PNG files.")] = harness.RESULTS,
+    threads: Annotated[int, typer.Option(help="Threads of the host's step; 0 takes torch's number.", min=0)] = 0,
 ) -> None:
     """Measure offload on the simulated accelerator; ends with 1 if a target is missed at full size."""
     try:
         sim.load()
     except sim.SimUnavailableError as problem:
         raise typer.BadParameter(f"there is no simulated accelerator here: {problem}") from problem
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "offload steps on the host")  # one thread is meant here
+    host_step = measure_host_step(quick, threads)
+    torch.set_num_threads(1)
     shapes = gpt2_shapes(2, 128, 512, 64) if quick else gpt2_shapes()
     bucket_mb = 0.25 if quick else 16.0
     memory = [measure_memory(shapes, name, bucket_mb) for name in DTYPES]
@@ -242,12 +252,14 @@ def main(
     # Parameter and gradient of each tensor fill one buffer, but for the space between them.
     overlap = measure_overlap(rows, SLOTS / 2 * (rows * 8 / 1024 + 1e-3), chunks=4 if quick else 12, rounds=3)
     data: dict[str, Any] = {"memory": memory, "overlap": overlap, "verdicts": verdicts(memory, overlap)}
+    data["host_step"] = host_step
     pages = ["# Offload" + (" (quick run, not to be quoted)" if quick else "")]
     pages.append(
         "On the simulated accelerator. Each optimizer first gave the bits of the same optimizer on the host. For the "
         "transfers as slow as the host's step, that step is the reference backend's on one thread, and the rates of "
         "both ways are set so that each takes as long for a bucket."
     )
+    pages.append(offload_host_step.setting(host_step))
     for title, header, lines in tables(data):
         harness.print_table(title, header, lines)
         pages.append(f"## {title}\n\n{harness.markdown_table(header, lines)}")

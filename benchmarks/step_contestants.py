@@ -93,7 +93,7 @@ def _ours_32bit(params: list[Parameter]) -> Optimizer:
     return AdamW8bit(params, **SETTINGS, moments="32bit")
 
 
-def _fused(params: list[Parameter]) -> Optimizer:
+def fused(params: list[Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, **SETTINGS, fused=True)
 
 
@@ -101,13 +101,13 @@ def _foreach(params: list[Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, **SETTINGS, foreach=True)
 
 
-def _deepspeed(params: list[Parameter]) -> Optimizer:
+def deepspeed_adam(params: list[Parameter], **settings: Any) -> Optimizer:
     # Both are read when deepspeed is imported; the kernel is compiled once and then found again.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(harness.CACHE / f"torch_extensions_{torch.__version__}"))
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    optimizer: Optimizer = DeepSpeedCPUAdam(params, **SETTINGS, adamw_mode=True)
+    optimizer: Optimizer = DeepSpeedCPUAdam(params, **SETTINGS, adamw_mode=True, **settings)
     return optimizer
 
 
@@ -133,7 +133,7 @@ def own_and_torch() -> list[Contestant]:
         moments = 2 * dtype.itemsize
         out += [
             Contestant(OURS, dtype, _ours, ours_bytes, coded=True, passes=True),
-            Contestant(FUSED, dtype, _fused, moments, passes=True),
+            Contestant(FUSED, dtype, fused, moments, passes=True),
             Contestant(FOREACH, dtype, _foreach, moments),
         ]
     return [*out, Contestant(OURS_32BIT, torch.float32, _ours_32bit, 8, passes=True)]
@@ -143,7 +143,7 @@ def installed_peers() -> list[Contestant]:
     """Other packages' optimizers for the CPU; which of them are there, their validation finds out."""
     peer_bytes = 2 + 8 / 256  # two codes, and for 256 elements two float32 scales
     return [
-        Contestant(DEEPSPEED, torch.float32, _deepspeed, 8, passes=True, optional=True, float32_corrections=True),
+        Contestant(DEEPSPEED, torch.float32, deepspeed_adam, 8, passes=True, optional=True, float32_corrections=True),
         Contestant(BITSANDBYTES, torch.float32, _bitsandbytes, peer_bytes, coded=True, optional=True),
         Contestant(TORCHAO, torch.float32, _torchao, peer_bytes, coded=True, optional=True),
     ]
@@ -195,6 +195,14 @@ def displacement_error(contestant: Contestant) -> tuple[float, float]:
     return error, contestant.tolerance(path, float(moved.norm()))
 
 
+def why_unavailable(problem: Exception) -> str:
+    """One of UNAVAILABLE, in a line."""
+    if isinstance(problem, ModuleNotFoundError):
+        return "not installed"
+    first_line = next(iter(str(problem).splitlines()), "")
+    return f"not available: {type(problem).__name__}: {first_line}"
+
+
 def validate(contestant: Contestant) -> dict[str, Any]:
     """Whether a contestant may be timed, and why not; what is not optional has to be there and right."""
     row: dict[str, Any] = {"name": contestant.label, "error": None, "tolerance": None, "status": "timed"}
@@ -203,9 +211,7 @@ def validate(contestant: Contestant) -> dict[str, Any]:
     except UNAVAILABLE as problem:
         if not contestant.optional:
             raise
-        missing = isinstance(problem, ModuleNotFoundError)
-        first_line = next(iter(str(problem).splitlines()), "")
-        row["status"] = "not installed" if missing else f"not available: {type(problem).__name__}: {first_line}"
+        row["status"] = why_unavailable(problem)
         return row
     if not row["error"] <= row["tolerance"]:
         if not contestant.optional:

@@ -9,7 +9,8 @@ pytest.importorskip("typer", reason="the benchmark has a command line")
 
 import torch
 
-from benchmarks.bench_master_weights import CONTESTANTS, SPLIT, YARDSTICK, Contestant, Running, displacement, measure
+from benchmarks.bench_master_weights import CONTESTANTS, SPLIT, YARDSTICK, measure
+from benchmarks.host_contestants import Contestant, Running, displacement
 from benchmarks.step_timing import Plan
 
 

@@ -33,7 +33,10 @@ def test_quick_run_counts_the_bytes_of_the_bus(tmp_path: Path) -> None:
         assert 0 < row["pinned_buckets"] <= 2
     assert data["overlap"]["buckets"] == 4
     assert len(data["overlap"]["timeline"]["host"]) == 4
-    assert "quick run" in (tmp_path / "offload.md").read_text()
+    assert list(data["host_step"]["fields"]) == ["fp32", "bf16"]
+    page = (tmp_path / "offload.md").read_text()
+    assert "quick run" in page
+    assert "torch fused, all in bf16" in page
     assert (tmp_path / "offload.png").stat().st_size > 5000
 
 
