@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import typer
 
-from benchmarks import harness, offload_host_step
+from benchmarks import harness, offload_gradients, offload_host_step
 from benchmarks.offload_plot import plot
 from benchmarks.step_contestants import SETTINGS, Shape, count, gpt2_shapes, make_params
 from benchmarks.step_timing import Plan
@@ -222,6 +222,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         ("Targets", ["case", "check", "measured", "at most", "met"], checks),
         ("Transfers as slow as the host's step", ["", "median"], rows),
         ("Models", ["case", "parameters", "tensors"], sizes),
+        *offload_gradients.tables(data["gradients"], data["waiting"]),
         *offload_host_step.tables(data["host_step"]),
     ]
 
@@ -253,11 +254,18 @@ def main(
     overlap = measure_overlap(rows, SLOTS / 2 * (rows * 8 / 1024 + 1e-3), chunks=4 if quick else 12, rounds=3)
     data: dict[str, Any] = {"memory": memory, "overlap": overlap, "verdicts": verdicts(memory, overlap)}
     data["host_step"] = host_step
+    data["gradients"] = offload_gradients.measure_gradients(shapes, torch.float32, bucket_mb)
+    chunks, seconds = (4, 0.02) if quick else (12, 0.05)
+    data["waiting"] = offload_gradients.measure_waiting(rows, chunks, rows * 4 / 1024, seconds, rounds=3)
     pages = ["# Offload" + (" (quick run, not to be quoted)" if quick else "")]
     pages.append(
         "On the simulated accelerator. Each optimizer first gave the bits of the same optimizer on the host. For the "
         "transfers as slow as the host's step, that step is the reference backend's on one thread, and the rates of "
         "both ways are set so that each takes as long for a bucket."
+    )
+    pages.append(
+        "For the way from a backward pass to the last parameter, each gradient takes as long to compute as to copy, "
+        f"{seconds} s, so that all of them are on their way for {chunks * seconds:g} s."
     )
     pages.append(offload_host_step.setting(host_step))
     for title, header, lines in tables(data):

@@ -35,6 +35,12 @@ def test_quick_run_counts_the_bytes_of_the_bus(tmp_path: Path) -> None:
     assert len(data["overlap"]["timeline"]["host"]) == 4
     assert list(data["host_step"]["fields"]) == ["fp32", "bf16"]
     page = (tmp_path / "offload.md").read_text()
+    step, taken, in_backward = data["gradients"]
+    assert step["device"] >= 4 > taken["device"]
+    assert in_backward["device"] < 4
+    assert [row["host"] for row in data["gradients"]] == [0, 4, 0]
+    assert [(row["down"], row["up"]) for row in data["gradients"]] == [(8, 4)] * 3
+    assert data["waiting"][0]["seconds"] > data["waiting"][1]["seconds"]
     assert "quick run" in page
     assert "torch fused, all in bf16" in page
     assert (tmp_path / "offload.png").stat().st_size > 5000
