@@ -154,7 +154,7 @@ class StepInBackward:
         group_index, index = self._places[id(param)]
         group = optimizer.param_groups[group_index]
         tasks = stepper.check_some(group, group_index, [(index, param)], optimizer.state, partition, 1.0)
-        tasks = stepper.make_state(tasks, optimizer.state, partition)
+        tasks = stepper.begin(tasks, stepper.made(tasks, partition), optimizer.state, partition)
         param.grad = place_like(grad, SteppedGradient)
         # As for every write into a parameter: what the rest of the pass still needs of it is an error of torch's.
         torch.autograd.graph.increment_version(param)

@@ -18,7 +18,7 @@ from lowmem_adam.offload import Offload, check_offload, check_offload_gradients
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import memory_by_kind
-from lowmem_adam.stepping import Stepper, label_of
+from lowmem_adam.stepping import States, Stepper, label_of
 from lowmem_adam.updating import Task
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Adam8bit(GradientOptimizer):
     A drop-in for ``torch.optim.Adam`` (L2 weight decay; ``AdamW8bit`` decouples it). A step has four phases:
 
     1. *cut*: parameters that are new are cut into a shard for each rank, of which there may be only one;
-    2. *check*: settings, gradients and state of all parameters; an error leaves everything unchanged. At a first step
-       ranks compare what they hold;
-    3. *state*: zero moments for this rank's blocks of parameters that get their first gradient;
+    2. *check*: settings, gradients and state of all parameters, and memory for the moments of those that get their
+       first gradient; an error leaves everything unchanged. At a first step ranks compare what they hold;
+    3. *begin*: this rank's blocks of these parameters get their moments, which are zero;
     4. *update*: this rank's shard, bucket by bucket, each in one pass and one call: gradient factor, finite check,
        decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next buckets' steps all ranks
        send one another what they stepped. With ``offload`` buckets pass through buffers of the host.
@@ -204,20 +204,22 @@ class Adam8bit(GradientOptimizer):
             return loss
         self._watch_gradients()
         partition = self._cut()
-        tasks = self._checked(partition)
-        self._stepper.update(self._stepper.make_state(tasks, self.state, partition), partition)
+        tasks, made = self._checked(partition)
+        self._stepper.update(self._stepper.begin(tasks, made, self.state, partition), partition)
         self._consolidated = None
         self._use_up_gradients()
         self._warn_of_skipped()
         return loss
 
-    def _checked(self, partition: Partition) -> list[Task]:
+    def _checked(self, partition: Partition) -> tuple[list[Task], States]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
         world = partition.world
         tasks: list[Task] = []
+        made: States = {}
         refusal: Exception | None = None
         try:
             tasks = self._stepper.check(self.param_groups, self.state, partition, self._grad_factor())
+            made = self._stepper.made(tasks, partition)
         except Exception as error:  # noqa: BLE001 (raised below, after the others have been told)
             refusal = error
         if world.size > 1:
@@ -231,7 +233,7 @@ class Adam8bit(GradientOptimizer):
         if refusal is not None:
             raise refusal
         self._agreed = True
-        return tasks
+        return tasks, made
 
     def _stops_at_nonfinite(self) -> bool:
         return any(group["nonfinite"] == "error" for group in self.param_groups)

@@ -23,9 +23,11 @@ from lowmem_adam.stand_ins import HostGradient, SteppedGradient, part_of
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
 from lowmem_adam.updating import Task
 
+States = MutableMapping[Tensor, dict[str, Tensor]]
+
 
 class Stepper:
-    """The phases in their order: ``check``, ``make_state``, ``update``."""
+    """The phases in their order: ``check``, ``made`` and ``begin``, ``update``."""
 
     def __init__(self, offload: Offload | None, gradients: HostGradients | None) -> None:
         self.offload = offload
@@ -157,20 +159,29 @@ class Stepper:
 
     # ---------------------------------------------------------------- state
 
-    def make_state(
-        self, tasks: Sequence[Task], states: MutableMapping[Tensor, dict[str, Tensor]], partition: Partition
-    ) -> list[Task]:
-        """Zero moments of this rank's blocks for parameters that get their first gradient.
+    def made(self, tasks: Sequence[Task], partition: Partition) -> States:
+        """Zero moments of this rank's blocks for parameters that get their first gradient; nothing changes.
 
         Of others, where ``low_precision_update`` or ``master_bits`` has changed, what is kept of the weight.
 
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it.
+        """
+        return making.made([task for task in tasks if task.prepared is None], partition, self.home_of)
+
+    def begin(self, tasks: Sequence[Task], made: States, states: States, partition: Partition) -> list[Task]:
+        """Put in what was made.
+
+        Args:
+            tasks: checked ones.
+            made: by ``made`` for these.
+            states: the state of every parameter that has taken a step.
+            partition: has cut their parameters.
+
         Returns:
             The tasks, each with its state.
-
-        Raises:
-            torch.OutOfMemoryError: there is no memory for it; nothing has changed.
         """
-        states.update(making.made([task for task in tasks if task.prepared is None], partition, self.home_of))
+        states.update(made)
         complete = []
         for task in tasks:
             if task.prepared is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -335,6 +336,17 @@ def sparse(group: Any) -> AdamW8bit:
     return opt
 
 
+def without_memory(group: Any) -> AdamW8bit:
+    opt = small(group)
+
+    def step() -> None:
+        with mock.patch("lowmem_adam.making.new_state", side_effect=torch.OutOfMemoryError("there is none")):
+            AdamW8bit.step(opt)
+
+    opt.step = step  # type: ignore[assignment, method-assign]
+    return opt
+
+
 # How the odd rank makes its optimizer, and what all ranks say.
 DIFFERENCES: dict[str, tuple[Callable[[Any], AdamW8bit], str]] = {
     "shape": (lambda group: small(group, (SHAPES[1], *FEW[1:])), "shape (32, 128)"),
@@ -346,7 +358,10 @@ DIFFERENCES: dict[str, tuple[Callable[[Any], AdamW8bit], str]] = {
     "nonfinite": (lambda group: small(group, nonfinite="error"), "nonfinite error"),
     "steps taken": (counted_on, "2 steps"),
     "sparse gradient": (sparse, "torch.sparse_coo"),
+    "no memory": (without_memory, "no memory on cpu for"),
 }
+REFUSED = {"sparse gradient": "ValueError", "no memory": "OutOfMemoryError"}
+"""What the odd rank raises where it is no difference of settings."""
 
 
 def differences_job(rank: int, folder: Path) -> Any:
@@ -413,8 +428,8 @@ def test_ranks_that_differ_at_the_first_step_all_say_in_what(three: Outcomes, na
     for rank, found in enumerate(outcome(three, differences_job)):
         words = found[name]
         assert DIFFERENCES[name][1] in words, words
-        if name == "sparse gradient":
-            assert words.startswith("ValueError: " if rank == 1 else "RuntimeError: rank 1 refuses: ")
+        if name in REFUSED:
+            assert words.startswith(f"{REFUSED[name]}: " if rank == 1 else "RuntimeError: rank 1 refuses: ")
         else:
             assert words.startswith("RuntimeError: ranks that share moments differ: rank 0 has ")
 
