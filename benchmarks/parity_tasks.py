@@ -1,7 +1,8 @@
-"""The training tasks of the parity benchmark: each is a function of a seed and an optimizer factory.
+"""The training tasks of the benchmarks of final losses: each is a function of a seed and an optimizer factory.
 
 A seed fixes the initial weights, the order of the data and the dropout masks, so two runs with one seed differ in
-nothing but the optimizer. All parameters form one group: no embedding and no norm is exempted by hand.
+nothing but the optimizer. All parameters form one group: no embedding and no norm is exempted by hand. Losses are
+computed in float32 from the logits, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -78,20 +80,19 @@ def validate(task: Task, model: nn.Module) -> float:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     logits = model(batch[0])
-    return functional.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+    return functional.cross_entropy(logits.flatten(0, -2).float(), batch[1].flatten())
 
 
 def llama_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     logits = model(input_ids=batch[0]).logits
-    return functional.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+    return functional.cross_entropy(logits.flatten(0, -2).float(), batch[1].flatten())
 
 
-def byte_language_model(quick: bool) -> Task:
-    """A small Llama on the bytes of the standard library's sources; validation files are never trained on."""
+def byte_windows(sources: Sequence[Path], lr: float, steps: int, length: int = 64) -> Task:
+    """A small Llama on the bytes of a text; validation files are never trained on. No sources: the standard library."""
     from launch.lm_data import WindowSampler, cut_windows, load_corpus, validation_starts
 
-    length, steps = 64, 40 if quick else 300
-    corpus = load_corpus([])
+    corpus = load_corpus(sources)
     starts = validation_starts(corpus.validation, length, 256)
     validation = tuple(cut_windows(corpus.validation, starts[i : i + 64], length) for i in range(0, len(starts), 64))
 
@@ -99,7 +100,16 @@ def byte_language_model(quick: bool) -> Task:
         sampler = WindowSampler(corpus.train, length, 16, 0, 1, seed)
         return (sampler.batch(step) for step in range(steps))
 
-    return Task(2e-3, steps, lambda: harness.build_byte_llama(96, 2, length), batches, llama_loss, validation)
+    return Task(lr, steps, lambda: harness.build_byte_llama(96, 2, length), batches, llama_loss, validation)
+
+
+def byte_language_model(quick: bool) -> Task:
+    return byte_windows([], 2e-3, 40 if quick else 300)
+
+
+VOCABULARY = 8192
+WORD_TEXT = 6 << 20
+"""Bytes of text that words are taken from."""
 
 
 class WordModel(nn.Module):
@@ -120,14 +130,19 @@ class WordModel(nn.Module):
         return logits
 
 
-def word_language_model(quick: bool) -> Task:
-    """Words of the standard library's sources, one of 8,192; most rows of the embedding get a gradient rarely."""
-    vocabulary, batch, steps = 8192, 128, 60 if quick else 300
-    words = re.findall(
-        r"\w+|[^\w\s]", harness.standard_library_text(6 << 20).numpy().tobytes().decode("utf-8", "replace")
-    )
-    known = {word: i for i, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
-    ids = torch.tensor([known.get(word, vocabulary - 1) for word in words])
+def words_of(text: bytes) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.decode("utf-8", "replace"))
+
+
+def vocabulary_of(*texts: Sequence[str]) -> dict[str, int]:
+    """The most frequent words; the last index is left for all others."""
+    counts = Counter(word for text in texts for word in text)
+    return {word: i for i, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}
+
+
+def word_windows(words: Sequence[str], known: Mapping[str, int], lr: float, steps: int, batch: int = 128) -> Task:
+    """The next word of a text, the last twentieth of which is held out."""
+    ids = torch.tensor([known.get(word, VOCABULARY - 1) for word in words])
     windows = ids.unfold(0, WordModel.context + 1, 1)
     cut = len(windows) * 19 // 20
     held_out = windows[cut + WordModel.context :][:: max(1, (len(windows) - cut) // 4096)]
@@ -139,18 +154,32 @@ def word_language_model(quick: bool) -> Task:
             yield rows[:, :-1], rows[:, -1]
 
     validation = tuple((rows[:, :-1], rows[:, -1]) for rows in held_out.split(512))
-    return Task(2e-3, steps, lambda: WordModel(vocabulary), batches, cross_entropy, validation)
+    return Task(lr, steps, lambda: WordModel(VOCABULARY), batches, cross_entropy, validation)
 
 
-def images(name: str, epochs: int) -> Task:
-    """The image job's network and data; the split is fixed, so that the seeds differ in training alone."""
+def word_language_model(quick: bool) -> Task:
+    """Words of the standard library's sources, one of 8,192; most rows of the embedding get a gradient rarely."""
+    words = words_of(harness.standard_library_text(WORD_TEXT).numpy().tobytes())
+    return word_windows(words, vocabulary_of(words), 2e-3, 60 if quick else 300)
+
+
+def images(
+    name: str, epochs: int, lr: float = 2e-3, size: int | None = None, dtype: torch.dtype = torch.float32
+) -> Task:
+    """The image job's network and data; the split is fixed, so that the seeds differ in training alone.
+
+    With ``size`` images are enlarged to it first; ``dtype`` is that of the model's inputs.
+    """
     from launch.image_data import Normalizer, load_images, stratified_split
     from launch.image_model import SmallCNN
 
     data = load_images(name)
+    if size is not None:
+        enlarged = functional.interpolate(data.images.float(), size=size, mode="bilinear")
+        data = replace(data, images=enlarged.round().to(torch.uint8))
     split = stratified_split(data, validation=0.2, test=0.1, seed=0)
     normalizer = Normalizer.fit(data.images[split.train])
-    inputs, labels = normalizer(data.images[split.train]), data.labels[split.train]
+    inputs, labels = normalizer(data.images[split.train]).to(dtype), data.labels[split.train]
     batch = 64
     per_epoch = len(labels) // batch
 
@@ -166,8 +195,8 @@ def images(name: str, epochs: int) -> Task:
             channels=data.channels, classes=len(data.class_names), image_size=data.size, width=16, dropout=0.2
         )
 
-    held_out = (normalizer(data.images[split.validation]), data.labels[split.validation])
-    return Task(2e-3, epochs * per_epoch, model, batches, cross_entropy, (held_out,))
+    held_out = (normalizer(data.images[split.validation]).to(dtype), data.labels[split.validation])
+    return Task(lr, epochs * per_epoch, model, batches, cross_entropy, (held_out,))
 
 
 TASKS: dict[str, Callable[[bool], Task]] = {
