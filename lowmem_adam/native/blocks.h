@@ -112,6 +112,16 @@ class BlockLoop {
         return block;
     }
 
+    // Starts to load what is six blocks further on; beyond the end it does nothing. Float32 leaves a page every eight
+    // blocks, where the processor's own prefetch stops. In 16 bits there is time enough, and instructions count.
+    static LOWMEM_ADAM_INLINE void fetch_ahead(const Block &block) {
+        constexpr int kAhead = 6 * kBlockSize, kLine = 64 / sizeof(float);
+        for (int i = kAhead; i < kAhead + kBlockSize; i += kLine) {
+            __builtin_prefetch(block.param + i, 1);
+            __builtin_prefetch(block.grad + i);
+        }
+    }
+
     template <Path path>
     LOWMEM_ADAM_INLINE void run_on(int64_t first, int64_t end) {
         int64_t row = first / per_row_, within = first % per_row_ * kBlockSize;
@@ -119,7 +129,9 @@ class BlockLoop {
             const int64_t start = row * f_.cols + within - origin_;
             const int64_t left = f_.cols - within;
             if (direct_ && left >= kBlockSize) {
-                step<path>(block_at(b, start), b);
+                const Block block = block_at(b, start);
+                if (kCoded && sizeof(*block.param) == sizeof(float)) fetch_ahead(block);
+                step<path>(block, b);
             } else {
                 step_staged<path>(b, start, static_cast<int>(left < kBlockSize ? left : kBlockSize));
             }

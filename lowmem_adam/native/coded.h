@@ -26,15 +26,21 @@ LOWMEM_ADAM_INLINE Quad<V> reciprocal(const Quad<V> &x) {
     return estimate;
 }
 
-// The grid of one block, as decode and encode need it.
-struct GridBits {
-    int32_t floor;
-    int32_t per_code;
+// The grid of one block: bits of its floor. A block of zeros counts as one octave from 2^-126 on.
+constexpr int32_t floor_bits(int floor) { return (floor > 0 ? floor : 1) << kMantissaBits; }
 
-    GridBits(uint8_t block_floor, uint8_t block_span)
-        : floor((block_floor > 0 ? block_floor : 1) << kMantissaBits),
-          per_code(((block_span > 0 ? block_span : 1) << kMantissaBits) / kFormat.root_intervals) {}
+// And what follows from its octaves alone. From a table, as roots wait for it: encoding would divide once a block.
+struct Spans {
+    int32_t bits_per_code[256];  // a span is a byte, whatever is loaded
+    float codes_per_bit[256];
+    constexpr Spans() : bits_per_code(), codes_per_bit() {
+        for (int span = 0; span < 256; ++span) {
+            bits_per_code[span] = ((span > 0 ? span : 1) << kMantissaBits) / kFormat.root_intervals;
+            codes_per_bit[span] = 1.0f / static_cast<float>(bits_per_code[span]);
+        }
+    }
 };
+constexpr Spans kSpans;
 
 // What the passes over a block hand on to one another; it stays in the first-level cache. There is a pass for each short
 // chain of operations: of a short one the processor has many vectors under way at a time.
@@ -44,19 +50,26 @@ struct Between {
     alignas(64) float root[kBlockSize];
 };
 
-// Decodes the first moment's ratio. The codes come times 2^24, which the quotient does not see.
+// The first moments' ratios from their codes, which come times 2^24: the quotient does not see that.
 template <class V>
-LOWMEM_ADAM_INLINE void decode_ratio(const int8_t *ratio_code, Between &between, int i) {
+LOWMEM_ADAM_INLINE Quad<V> decoded_ratio(const int8_t *ratio_code) {
     const typename V::F levels = V::set(static_cast<float>(kFormat.ratio_scale) * 0x1p24f);
+    Quad<V> ratio;
     typename V::I codes[4];
-    V::load_codes(ratio_code + i, codes);
-    four(EACH {
-        const typename V::F level = V::to_float(codes[u]);
-        V::store(between.ratio + i + u * V::kLanes, V::div(level, V::sub(levels, V::abs(level))));
-    });
+    V::load_codes(ratio_code, codes);
+    four(EACH { ratio.v[u] = V::to_float(codes[u]); });
+    four(EACH { ratio.v[u] = V::div(ratio.v[u], V::sub(levels, V::abs(ratio.v[u]))); });
+    return ratio;
 }
 
-// Decodes the root, steps the moments, and follows the range of the new roots.
+// The same as a pass of its own, which it is where kDecodesApart: together with the moments it takes many registers.
+template <class V>
+LOWMEM_ADAM_INLINE void decode_ratio(const int8_t *ratio_code, Between &between, int i) {
+    const Quad<V> ratio = decoded_ratio<V>(ratio_code + i);
+    four(EACH { V::store(between.ratio + i + u * V::kLanes, ratio.v[u]); });
+}
+
+// Decodes what is not decoded yet, steps the moments, and follows the range of the new roots.
 template <class V, class P, class G, Path path, Rounding rounding>
 class MomentsPass {
     using F = typename V::F;
@@ -65,9 +78,9 @@ class MomentsPass {
    public:
     LOWMEM_ADAM_INLINE MomentsPass(const Hyper<V> &h, const BlockData<P, G, rounding> &block, Between &between)
         : h_(h), block_(block), between_(between), highest_(V::seti(0)), lowest_(V::seti(-1)) {
-        const GridBits grid(*block.floor, *block.span);
-        per_code_ = V::seti(grid.per_code);
-        base_ = V::seti(grid.floor - grid.per_code);
+        const int32_t per_code = kSpans.bits_per_code[*block.span];
+        per_code_ = V::seti(per_code);
+        base_ = V::seti(floor_bits(*block.floor) - per_code);
     }
 
     LOWMEM_ADAM_INLINE void quad(int i) {
@@ -78,7 +91,12 @@ class MomentsPass {
             root.v[u] = V::bits_to_float(V::where_positive(codes[u], V::addi(V::muli(codes[u], per_code_), base_)));
         });
         four(EACH { exp_avg_sq.v[u] = V::mul(root.v[u], root.v[u]); });
-        four(EACH { exp_avg.v[u] = V::mul(V::load(between_.ratio + i + u * V::kLanes), root.v[u]); });
+        if (V::kDecodesApart) {
+            four(EACH { exp_avg.v[u] = V::load(between_.ratio + i + u * V::kLanes); });
+        } else {
+            exp_avg = decoded_ratio<V>(static_cast<const int8_t *>(block_.exp_avg) + i);
+        }
+        four(EACH { exp_avg.v[u] = V::mul(exp_avg.v[u], root.v[u]); });
         if (path != Path::plain && h_.decays_gradient) {
             weight = load_weight<V, rounding>(P{}, block_.param, block_.master, i);
         }
@@ -119,10 +137,11 @@ LOWMEM_ADAM_INLINE RootGrid choose_grid(uint32_t highest, uint32_t lowest, bool 
     int32_t exponent = bottom > cap ? bottom : cap;
     exponent = exponent > 1 ? exponent : 1;
     const bool empty = highest == 0;
-    *floor = static_cast<uint8_t>(empty ? 0 : exponent);
-    *span = static_cast<uint8_t>(empty ? 0 : above - exponent);
-    const GridBits grid(*floor, *span);
-    return {grid.floor, 1.0f / static_cast<float>(grid.per_code), zeros, !empty && cap > bottom};
+    exponent = empty ? 0 : exponent;
+    const int octaves = empty ? 0 : above - exponent;
+    *floor = static_cast<uint8_t>(exponent);
+    *span = static_cast<uint8_t>(octaves);
+    return {floor_bits(exponent), kSpans.codes_per_bit[octaves], zeros, !empty && cap > bottom};
 }
 
 // The same for finite roots some of which may be zero.
@@ -177,11 +196,12 @@ LOWMEM_ADAM_INLINE void encode_ratio(const float *exp_avgs, const float *roots, 
         codes[u] = V::addi(V::loadi(kMomentLanes.words + i + u * V::kLanes),
                            V::seti(static_cast<int32_t>(moment_word)));
     });
+    const typename V::I low = V::seti(0xFFFF), half = V::seti(0x43008000);  // 128.5: what there is without a word
     if (nearest) {
-        four(EACH { codes[u] = V::where(V::greater(V::abs(ratio.v[u]), limit), codes[u]); });
+        four(EACH { codes[u] = V::and_xor(V::greater(V::abs(ratio.v[u]), limit), codes[u], low, half); });
+    } else {
+        four(EACH { codes[u] = V::and_xor(codes[u], low, half); });
     }
-    // Without a word this is 128.5.
-    four(EACH { codes[u] = V::and_xor(codes[u], V::seti(0xFFFF), V::seti(0x43008000)); });
     four(EACH { codes[u] = V::truncate(V::add(ratio.v[u], V::bits_to_float(codes[u]))); });
     V::store_codes(ratio_code + i, codes);
 }
@@ -255,18 +275,26 @@ LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G, rou
     constexpr int kQuad = 4 * V::kLanes;
     int8_t *ratio_code = static_cast<int8_t *>(block.exp_avg);
     Between &between = current.between;
+    MomentsPass<V, P, G, path, rounding> moments(h, block, between);
+    const auto first_pass = [&](int i) __attribute__((always_inline)) {
+        if (V::kDecodesApart) {
+            decode_ratio<V>(ratio_code, between, i);
+        } else {
+            moments.quad(i);
+        }
+    };
     if (before) {
         const RootPass<V> roots = root_pass<V>(*before);
         for (int i = 0; i < kBlockSize; i += kQuad) {
-            decode_ratio<V>(ratio_code, between, i);
+            first_pass(i);
             roots.quad(i);
         }
     } else {
-        for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
+        for (int i = 0; i < block.count; i += kQuad) first_pass(i);
     }
-
-    MomentsPass<V, P, G, path, rounding> moments(h, block, between);
-    for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
+    if (V::kDecodesApart) {
+        for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
+    }
     const uint32_t highest = moments.highest(), lowest = moments.lowest();
     if (highest >= kInfinityBits) return false;
     current.grid = lowest > 0 ? choose_grid(highest, lowest, false, block.floor, block.span)
@@ -290,7 +318,9 @@ void careful_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, co
     int8_t *ratio_code = static_cast<int8_t *>(block.exp_avg);
     Pending pending;
     Between &between = pending.between;
-    for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
+    if (V::kDecodesApart) {
+        for (int i = 0; i < block.count; i += kQuad) decode_ratio<V>(ratio_code, between, i);
+    }
     MomentsPass<V, P, G, Path::careful, rounding> moments(h, block, between);
     for (int i = 0; i < block.count; i += kQuad) moments.quad(i);
     for (int i = 0; i < block.count; i += kQuad) {

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx2 {
     static constexpr int kLanes = 8;
+    static constexpr bool kDecodesApart = true;  // there are 16 registers
     using F = __m256;
     using I = __m256i;
     using M = __m256;  // all bits of a lane set, or none
@@ -45,6 +46,7 @@ struct Avx2 {
     static I andi(I a, I b) { return _mm256_and_si256(a, b); }
     static I ori(I a, I b) { return _mm256_or_si256(a, b); }
     static I and_xor(I a, I b, I c) { return _mm256_xor_si256(andi(a, b), c); }
+    static I and_xor(M mask, I a, I b, I c) { return and_xor(andi(_mm256_castps_si256(mask), a), b, c); }
     static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
     static I min_unsigned(I a, I b) { return _mm256_min_epu32(a, b); }
     template <int n>
@@ -58,7 +60,6 @@ struct Avx2 {
     static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
     static M equal_bits(I a, I b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
     static M is_nan(F a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
-    static I where(M mask, I x) { return andi(_mm256_castps_si256(mask), x); }
     static F select(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
 
     static uint32_t reduce_max_unsigned(I x) {
@@ -110,7 +111,7 @@ struct Avx2 {
         const I index = muli(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), seti(0x02020000));
         return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, addi(index, seti(0x01008080))));
     }
-    // The lower halves of the lanes.
+    // The upper halves of the lanes.
     static void store_halves(uint16_t *p, const I (&x)[4]) {
         store_pair(p, x[0], x[1]);
         store_pair(p + 16, x[2], x[3]);
@@ -159,7 +160,9 @@ struct Avx2 {
     static I in_order(I mixed) { return _mm256_permute4x64_epi64(mixed, 0xD8); }
     static I load_whole(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
     static void store_whole(void *p, I x) { _mm256_storeu_si256(static_cast<__m256i *>(p), x); }
-    static void store_pair(uint16_t *p, I a, I b) { store_whole(p, in_order(_mm256_packus_epi32(a, b))); }
+    static void store_pair(uint16_t *p, I a, I b) {
+        store_whole(p, in_order(_mm256_packus_epi32(shift_right<16>(a), shift_right<16>(b))));
+    }
     // Two vectors of words: a correction is their lower half, and where it is negative the upper one is one less.
     static void join(const uint16_t *p, I rest, int infinity, I *words) {
         const I param = in_order(load_whole(p)), magnitude = andi(param, _mm256_set1_epi16(0x7FFF));

@@ -5,10 +5,13 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "elements.h"
+
 namespace {
 
 struct Avx512 {
     static constexpr int kLanes = 16;
+    static constexpr bool kDecodesApart = false;  // there are 32 registers
     using F = __m512;
     using I = __m512i;
     using M = __mmask16;
@@ -45,6 +48,8 @@ struct Avx512 {
     static I andi(I a, I b) { return _mm512_and_si512(a, b); }
     static I ori(I a, I b) { return _mm512_or_si512(a, b); }
     static I and_xor(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x6A); }
+    // c where the mask is not set.
+    static I and_xor(M mask, I a, I b, I c) { return _mm512_mask_ternarylogic_epi32(c, mask, a, b, 0x78); }
     static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
     static I min_unsigned(I a, I b) { return _mm512_min_epu32(a, b); }
     template <int n>
@@ -62,23 +67,20 @@ struct Avx512 {
     static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
     static M equal_bits(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
     static M is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
-    static I where(M mask, I x) { return _mm512_maskz_mov_epi32(mask, x); }
     static F select(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
 
     static uint32_t reduce_max_unsigned(I x) { return _mm512_reduce_max_epu32(x); }
     static uint32_t reduce_min_unsigned(I x) { return _mm512_reduce_min_epu32(x); }
 
-    // Unsigned codes as integers, signed ones times 2^24.
+    // Unsigned codes as integers, signed ones times 2^24. A loop over the four is one that gcc leaves a loop, with the
+    // vectors in memory: that cost a tenth of the step's time.
     static void load_codes(const uint8_t *p, I (&x)[4]) {
-        for (int u = 0; u < 4; ++u) x[u] = _mm512_cvtepu8_epi32(load_bytes(p + u * kLanes));
+        four(EACH { x[u] = _mm512_cvtepu8_epi32(load_bytes(p + u * kLanes)); });
     }
     static void load_codes(const int8_t *p, I (&x)[4]) {
         // Each byte to the top of a lane; a shuffle stays within 128 bits, so all four parts get all 16 bytes.
-        const I index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const I order = _mm512_or_si512(_mm512_slli_epi32(index, 24), seti(0x00808080));
-        for (int u = 0; u < 4; ++u) {
-            x[u] = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_bytes(p + u * kLanes)), order);
-        }
+        const I order = each_lane(1 << 24, 0x00808080);
+        four(EACH { x[u] = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_bytes(p + u * kLanes)), order); });
     }
     static void store_codes(uint8_t *p, const I (&x)[4]) { _mm512_storeu_si512(p, saturated_bytes(x)); }
     static void store_codes(int8_t *p, const I (&x)[4]) {
@@ -100,32 +102,33 @@ struct Avx512 {
     // The inverse, of words of any lower half.
     static void store_words(uint16_t *p, int16_t *rest, const I (&words)[4]) {
         for (int h = 0; h < 2; ++h) {
-            _mm512_storeu_si512(rest + 32 * h, in_order(part(p + 32 * h, words + 2 * h)));
+            _mm512_storeu_si512(rest + 32 * h, part(p + 32 * h, words + 2 * h));
         }
     }
     static void store_words(uint16_t *p, int8_t *rest, const I (&words)[4]) {
         const I first = part(p, words), second = part(p + 32, words + 2);
         const I bytes = _mm512_packs_epi16(_mm512_srai_epi16(first, 8), _mm512_srai_epi16(second, 8));
-        _mm512_storeu_si512(rest, dwords_in_order(bytes));
+        const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works within 128-bit lanes
+        _mm512_storeu_si512(rest, _mm512_permutexvar_epi64(order, bytes));
     }
 
     static F load_bfloat16(const uint16_t *p) {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
-    // The lower halves of the lanes.
+    // The upper halves of the lanes.
     static void store_halves(uint16_t *p, const I (&x)[4]) {
-        store_pair(p, x[0], x[1]);
-        store_pair(p + 32, x[2], x[3]);
+        _mm512_storeu_si512(p, halves<1>(x[0], x[1]));
+        _mm512_storeu_si512(p + 32, halves<1>(x[2], x[3]));
     }
     static F load_float16(const uint16_t *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     }
     static void store_float16(uint16_t *p, const F (&x)[4]) {
-        for (int u = 0; u < 4; ++u) {
+        four(EACH {
             const __m256i y = _mm512_cvtps_ph(x[u], _MM_FROUND_TO_NEAREST_INT);
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 16 * u), y);
-        }
+        });
     }
 
     // The largest of 16-bit integers without their sign bits, over a whole block.
@@ -148,34 +151,38 @@ struct Avx512 {
         const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         return _mm512_permutexvar_epi32(order, mixed);
     }
-    static I in_order(I mixed) {
-        return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed);
+    // first + lane * step, a constant.
+    static I each_lane(int32_t step, int32_t first) {
+        const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return addi(muli(lane, seti(step)), seti(first));
     }
-    static void store_pair(uint16_t *p, I a, I b) {
-        _mm512_storeu_si512(p, in_order(_mm512_packus_epi32(a, b)));
+    // The lower (0) or the upper (1) halves of the lanes of two vectors.
+    template <int which>
+    static I halves(I a, I b) {
+        return _mm512_permutex2var_epi16(a, each_lane(0x00040004, 0x00020000 + which * 0x00010001), b);
+    }
+    // The inverse: 16 of the lanes that have these halves, from the given one on.
+    template <int from>
+    static I lanes_of(I lower, I upper) {
+        return _mm512_permutex2var_epi16(lower, each_lane(0x00010001, 0x00200000 + from * 0x00010001), upper);
     }
     // Two vectors of words: a correction is their lower half, and where it is negative the upper one is one less.
     static void join(const uint16_t *p, I rest, int infinity, I *words) {
-        // Unpacking works within 128-bit lanes.
-        const I apart = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        const I param = _mm512_permutexvar_epi64(apart, _mm512_loadu_si512(p));
-        const I magnitude = _mm512_and_si512(param, _mm512_set1_epi16(0x7FFF));
-        const I largest = _mm512_set1_epi16(static_cast<int16_t>(infinity - 1));
-        const __mmask32 finite = _mm512_cmple_epi16_mask(magnitude, largest);
-        rest = _mm512_maskz_mov_epi16(finite, _mm512_permutexvar_epi64(apart, rest));
-        const __mmask32 zero = ~_mm512_test_epi16_mask(magnitude, magnitude);
-        rest = _mm512_mask_max_epi16(rest, zero, rest, _mm512_setzero_si512());
-        const I upper = _mm512_add_epi16(param, _mm512_srai_epi16(rest, 15));
-        words[0] = _mm512_unpacklo_epi16(rest, upper);
-        words[1] = _mm512_unpackhi_epi16(rest, upper);
+        const I param = _mm512_loadu_si512(p), negative = _mm512_srai_epi16(rest, 15);
+        // Twice the magnitude, less one where the correction is negative. Read without a sign it is out of range for an
+        // infinity of either correction, for NaN, and for zero with a negative correction.
+        const I range = _mm512_add_epi16(_mm512_add_epi16(param, param), negative);
+        const I largest = _mm512_set1_epi16(static_cast<int16_t>(2 * infinity - 2));
+        const __mmask32 counts = _mm512_cmple_epu16_mask(range, largest);
+        const I upper = _mm512_mask_add_epi16(param, counts, param, negative);
+        rest = _mm512_maskz_mov_epi16(counts, rest);
+        words[0] = lanes_of<0>(rest, upper);
+        words[1] = lanes_of<16>(rest, upper);
     }
-    // Stores the parameters of two vectors of words, and returns their corrections as packing leaves them.
+    // Stores the parameters of two vectors of words, and returns their corrections.
     static I part(uint16_t *p, const I *words) {
-        // Lower halves of a 128-bit lane to its lower part.
-        const I apart = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-        const I first = _mm512_shuffle_epi8(words[0], apart), second = _mm512_shuffle_epi8(words[1], apart);
-        const I rest = _mm512_unpacklo_epi64(first, second), upper = _mm512_unpackhi_epi64(first, second);
-        _mm512_storeu_si512(p, in_order(_mm512_sub_epi16(upper, _mm512_srai_epi16(rest, 15))));
+        const I rest = halves<0>(words[0], words[1]), upper = halves<1>(words[0], words[1]);
+        _mm512_storeu_si512(p, _mm512_sub_epi16(upper, _mm512_srai_epi16(rest, 15)));
         return rest;
     }
 };

@@ -9,6 +9,7 @@ namespace {
 
 struct Neon {
     static constexpr int kLanes = 4;
+    static constexpr bool kDecodesApart = true;  // there are 32 registers; which way is faster has not been measured
     using F = float32x4_t;
     using I = int32x4_t;
     using M = uint32x4_t;
@@ -42,6 +43,7 @@ struct Neon {
     static I andi(I a, I b) { return vandq_s32(a, b); }
     static I ori(I a, I b) { return vorrq_s32(a, b); }
     static I and_xor(I a, I b, I c) { return veorq_s32(andi(a, b), c); }
+    static I and_xor(M mask, I a, I b, I c) { return and_xor(andi(vreinterpretq_s32_u32(mask), a), b, c); }
     static I max_unsigned(I a, I b) {
         return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
     }
@@ -63,7 +65,6 @@ struct Neon {
     static M equal(F a, F b) { return vceqq_f32(a, b); }
     static M equal_bits(I a, I b) { return vceqq_s32(a, b); }
     static M is_nan(F a) { return vmvnq_u32(vceqq_f32(a, a)); }
-    static I where(M mask, I x) { return andi(vreinterpretq_s32_u32(mask), x); }
     static F select(M mask, F yes, F no) { return vbslq_f32(mask, yes, no); }
 
     static uint32_t reduce_max_unsigned(I x) { return vmaxvq_u32(vreinterpretq_u32_s32(x)); }
@@ -99,9 +100,9 @@ struct Neon {
     }
 
     static F load_bfloat16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-    // The lower halves of the lanes.
+    // The upper halves of the lanes.
     static void store_halves(uint16_t *p, const I (&x)[4]) {
-        for (int u = 0; u < 4; ++u) vst1_u16(p + 4 * u, vmovn_u32(vreinterpretq_u32_s32(x[u])));
+        for (int u = 0; u < 4; ++u) vst1_u16(p + 4 * u, vshrn_n_u32(vreinterpretq_u32_s32(x[u]), 16));
     }
     static F load_float16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static void store_float16(uint16_t *p, const F (&x)[4]) {

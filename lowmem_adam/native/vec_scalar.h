@@ -11,6 +11,7 @@ namespace {
 
 struct Scalar {
     static constexpr int kLanes = 1;
+    static constexpr bool kDecodesApart = true;
     using F = float;
     using I = int32_t;
     using M = bool;
@@ -43,6 +44,7 @@ struct Scalar {
     static I andi(I a, I b) { return a & b; }
     static I ori(I a, I b) { return a | b; }
     static I and_xor(I a, I b, I c) { return (a & b) ^ c; }
+    static I and_xor(M mask, I a, I b, I c) { return mask ? (a & b) ^ c : c; }
     static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
     static I min_unsigned(I a, I b) { return static_cast<uint32_t>(a) < static_cast<uint32_t>(b) ? a : b; }
     template <int n>
@@ -59,7 +61,6 @@ struct Scalar {
     static M equal(F a, F b) { return a == b; }
     static M equal_bits(I a, I b) { return a == b; }
     static M is_nan(F a) { return a != a; }
-    static I where(M mask, I x) { return mask ? x : 0; }
     static F select(M mask, F yes, F no) { return mask ? yes : no; }
 
     static uint32_t reduce_max_unsigned(I x) { return static_cast<uint32_t>(x); }
@@ -96,8 +97,9 @@ struct Scalar {
     }
 
     static F load_bfloat16(const uint16_t *p) { return float_of_bits(static_cast<uint32_t>(*p) << 16); }
+    // The upper halves of the lanes.
     static void store_halves(uint16_t *p, const I (&x)[4]) {
-        for (int u = 0; u < 4; ++u) p[u] = static_cast<uint16_t>(x[u]);
+        for (int u = 0; u < 4; ++u) p[u] = static_cast<uint16_t>(static_cast<uint32_t>(x[u]) >> 16);
     }
     static F load_float16(const uint16_t *p) { return float_of_half(*p); }
     static void store_float16(uint16_t *p, const F (&x)[4]) {

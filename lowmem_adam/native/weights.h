@@ -41,7 +41,7 @@ LOWMEM_ADAM_INLINE void narrow(Float32, float *p, const typename V::F (&x)[4], u
 }
 template <class V, Rounding rounding, bool careful>
 LOWMEM_ADAM_INLINE void narrow(BFloat16, uint16_t *p, const typename V::F (&x)[4], uint32_t word, int lane) {
-    typename V::I upper[4];
+    typename V::I sums[4];
     four(EACH {
         const typename V::I bits = V::float_to_bits(x[u]);
         typename V::I add;
@@ -51,13 +51,12 @@ LOWMEM_ADAM_INLINE void narrow(BFloat16, uint16_t *p, const typename V::F (&x)[4
         } else {
             add = V::addi(V::seti(0x7FFF), V::andi(V::template shift_right<16>(bits), V::seti(1)));
         }
-        typename V::I sum = V::addi(bits, add);
+        sums[u] = V::addi(bits, add);
         if (careful) {  // a carry out of a NaN's bits would make something else of it
-            sum = V::float_to_bits(V::select(V::is_nan(x[u]), x[u], V::bits_to_float(sum)));
+            sums[u] = V::float_to_bits(V::select(V::is_nan(x[u]), x[u], V::bits_to_float(sums[u])));
         }
-        upper[u] = V::template shift_right<16>(sum);
     });
-    V::store_halves(p, upper);
+    V::store_halves(p, sums);
 }
 template <class V, Rounding rounding, bool careful>
 LOWMEM_ADAM_INLINE void narrow(Float16, uint16_t *p, const typename V::F (&x)[4], uint32_t word, int lane) {
