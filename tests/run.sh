@@ -21,12 +21,12 @@ stage mypy
 #   bash tests/run.sh -n 0 --pdb    all in one process
 tests=(python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 stage "${tests[@]}" "$@"
-# Once more as on a machine without a compiler. What says nothing about the step need not be run again, nor what names
-# its backend itself.
+# Once more as on a machine without a compiler. What says nothing about the step need not be run again, nor what calls the
+# reference itself, nor the parity of trainings, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_sharding bench_offload \
     shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device offload \
-    reference rounding codec layout peer_formats; do
+    reference rounding codec layout peer_formats parity_short; do
     again+=(--ignore "tests/test_$name.py")
 done
 # Nor, in other files, loads of what any number of ranks saved (test_dtensor.py loads shards), resumed launches, launches
