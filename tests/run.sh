@@ -15,11 +15,25 @@ stage() {
 stage ruff check .
 stage ruff format --check .
 stage mypy
-stage python -m pytest "$@"
-# Once more as on a machine without a compiler. What says nothing about the step need not be run again.
-ignored=()
+# Tests are single processes with one thread, most of them, so two files at a time fill two cores. A file stays with one
+# worker: its tests share ranks, builds and launches. In the order of their names the long files come neither last nor
+# together. More than four workers are not taken unasked: one whose tests start ranks takes up to 3 GB.
+#   bash tests/run.sh -n 0 --pdb    all in one process
+tests=(python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+stage "${tests[@]}" "$@"
+# Once more as on a machine without a compiler. What says nothing about the step need not be run again, nor what calls the
+# reference itself, nor the parity of trainings, as the reference takes the same bits (test_cpu_kernel.py).
+again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
-    bench_sharding bench_offload shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device offload; do
-    ignored+=(--ignore "tests/test_$name.py")
+    bench_sharding bench_offload shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
+    offload out_of_memory in_backward reference rounding codec layout peer_formats parity_short; do
+    again+=(--ignore "tests/test_$name.py")
 done
-LOWMEM_ADAM_LIBRARY=none stage python -m pytest "${ignored[@]}" "$@" || (($? == 5)) # 5: arguments left no test
+# Nor, in other files, loads of what any number of ranks saved (test_dtensor.py loads shards), resumed launches, launches
+# with torch's own optimizer, and programs that are told in the test which library to take.
+for name in shard.py::test_saved_by_any_number_of_ranks train_lm.py::test_checkpoint_resumes_with_and_without_shards \
+    train_lm.py::test_launch_that_silently_starts_one_process train_images.py::test_two_processes \
+    cli.py::test_help cli.py::test_info_without_the_library; do
+    again+=(--deselect "tests/test_$name")
+done
+LOWMEM_ADAM_LIBRARY=none stage "${tests[@]}" "${again[@]}" "$@" || (($? == 5)) # 5: arguments left no test

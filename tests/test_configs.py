@@ -1,9 +1,11 @@
 """The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed."""
 
+import random
 import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,12 @@ def launch(config: str, script: Path, *options: str) -> subprocess.CompletedProc
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below those that a system hands out itself, or a connection of another test may get it before the launchers."""
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 @pytest.fixture

@@ -1,22 +1,30 @@
-"""The native library's instruction sets against one another: the same bits from each, whoever has to emulate it.
+"""The wheel with the native library, and the library's instruction sets against one another: the same bits from each,
+whoever has to emulate it.
 
 ``native/digest.cpp`` prints a hash of each group of cases. Those of this machine's processor run as they are; NEON, and
 plain C++ for ARM, cross-compiled under QEMU; AVX-512, where the processor has none, compiled by SIMDe to plain C++.
 """
 
+import email
 import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.import_arrows import PACKAGE
+from tests.test_package import build_wheel, package_files, packed_files, wheel_text
+
 TESTS = Path(__file__).resolve().parent
 NATIVE = TESTS.parent / "lowmem_adam" / "native"
 ARM = "aarch64-linux-gnu"
+COMPILERS = [os.environ.get("CXX", "c++"), "g++", "clang++"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -36,7 +44,7 @@ def tool(names: Sequence[str], package: str) -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """The library built with cmake, and the program that runs it."""
+    """The library's objects and the library itself, and the program that runs it."""
 
     folder: Path
     compiler: str
@@ -47,9 +55,11 @@ class Build:
         return {path.name.removesuffix(".o"): path for path in (self.folder / "CMakeFiles").rglob("*.cpp.o")}
 
     def digest(self, *sources: str | Path) -> Path:
-        """Build the program, with the shared library unless there are objects to link instead."""
+        """Build the program once, with the shared library unless there are objects to link instead."""
         library = (f"-L{self.folder}", "-llowmem_adam", f"-Wl,-rpath,{self.folder}")
         program = self.folder / f"digest{len(sources)}"
+        if program.exists():
+            return program
         flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
         run(self.compiler, *flags, TESTS / "native/digest.cpp", *(sources or library), "-o", program)
         return program
@@ -70,9 +80,17 @@ def build(folder: Path, compiler: str, objdump: Sequence[str], *options: str, ru
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    compiler = tool([os.environ.get("CXX", "c++"), "g++", "clang++"], "g++")
-    return build(tmp_path_factory.mktemp("host"), compiler, ["objdump"])
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as users build it, in a folder that stays; where there is a compiler, a build that fails is an error."""
+    tool(COMPILERS, "g++")
+    folder = tmp_path_factory.mktemp("host")
+    settings = ("wheel.cmake=true", f"build-dir={folder / 'build'}")
+    return build_wheel(folder / "wheel", os.environ, *settings, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def host(wheel: Path) -> Build:
+    return Build(wheel.parent.with_name("build"), tool(COMPILERS, "g++"), ["objdump"])
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +105,40 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Build:
     system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
     runner = ("qemu-aarch64", "-L", f"/usr/{ARM}")
     return build(tmp_path_factory.mktemp("arm"), compiler, [f"{ARM}-objdump"], *system, runner=runner)
+
+
+def test_wheel_with_the_library_is_for_one_platform_and_every_python(wheel: Path) -> None:
+    _, _, python, abi, platform = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform.startswith(("linux_", "macosx_"))
+    tags = email.message_from_string(wheel_text(wheel, "WHEEL"))
+    assert tags.get_all("Tag") == [f"py3-none-{platform}"]
+    assert tags["Root-Is-Purelib"] == "false"
+
+
+def test_wheel_with_the_library_holds_one_more_file(wheel: Path) -> None:
+    library = packed_files(wheel) - package_files()
+    assert library == {f"{PACKAGE}/native/liblowmem_adam.{'dylib' if sys.platform == 'darwin' else 'so'}"}
+    assert packed_files(wheel) >= package_files()
+
+
+def test_library_stands_alone(wheel: Path, tmp_path: Path) -> None:
+    """It needs nothing of Python or torch, so that one build serves every version, and shows its C interface only."""
+    readelf, nm = shutil.which("readelf"), shutil.which("nm")
+    if not sys.platform.startswith("linux") or readelf is None or nm is None:
+        pytest.skip("needs Linux with binutils")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract(f"{PACKAGE}/native/liblowmem_adam.so", tmp_path)
+    dynamic = subprocess.check_output([readelf, "--dynamic", "--wide", library], text=True, timeout=60)
+    needed = {name.split(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)}
+    assert needed
+    runtime = {"libc", "libm", "libdl", "libpthread", "libgcc_s", "libstdc++", "libgomp", "libomp"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= runtime
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    exported = subprocess.check_output([nm, "--dynamic", "--defined-only", library], text=True, timeout=60).splitlines()
+    declared = re.findall(r"^LOWMEM_ADAM_API .*?(\w+)\(", (NATIVE / "lowmem_adam.h").read_text(), re.M)
+    assert {line.split()[-1] for line in exported} == set(declared)
 
 
 def test_every_instruction_set_of_this_processor(host: Build, expected: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
-"""The package as it is built and laid out: one version, typed wheels with and without the native library, imports that
-point one way.
+"""The package as it is built and laid out: one version, typed wheels, imports that point one way.
+
+The wheel with the native library is looked at in test_native_isas.py, which builds it.
 """
 
 import email
@@ -42,15 +43,16 @@ def pins() -> dict[str, Requirement]:
     return {pin.name: pin for pin in pinned if pin.marker is None or pin.marker.evaluate()}
 
 
-def run(command: list[str], env: Mapping[str, str], cwd: Path = ROOT) -> None:
-    finished = subprocess.run(command, timeout=280, cwd=cwd, env=env, capture_output=True, text=True)
+def run(command: list[str], env: Mapping[str, str], cwd: Path = ROOT, timeout: float = 280) -> None:
+    finished = subprocess.run(command, timeout=timeout, cwd=cwd, env=env, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def build_wheel(folder: Path, env: Mapping[str, str], *options: str) -> Path:
+def build_wheel(folder: Path, env: Mapping[str, str], *settings: str, timeout: float = 280) -> Path:
     """As pip builds it, without a network."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    run([*command, *options, "--wheel-dir", str(folder), str(ROOT)], env)
+    options = [f"--config-settings={setting}" for setting in settings]
+    run([*command, *options, "--wheel-dir", str(folder), str(ROOT)], env, timeout=timeout)
     (built,) = folder.iterdir()
     return built
 
@@ -79,12 +81,6 @@ def compiler() -> None:
         pytest.skip("needs a C++ compiler, and there is none on the PATH")
 
 
-@pytest.fixture(scope="module")
-def native_wheel(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel where it can: a build that fails then is an error."""
-    return build_wheel(tmp_path_factory.mktemp("native"), os.environ, "--config-settings", "wheel.cmake=true")
-
-
 def wheel_text(wheel: Path, name: str) -> str:
     with zipfile.ZipFile(wheel) as archive:
         (member,) = (member for member in archive.namelist() if member.endswith(f".dist-info/{name}"))
@@ -111,43 +107,6 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     """Not the library either that an editable install has put among the sources."""
     assert packed_files(wheel) == package_files()
     assert wheel_text(wheel, "licenses/LICENSE")
-
-
-@pytest.mark.slow
-def test_wheel_with_the_library_is_for_one_platform_and_every_python(native_wheel: Path) -> None:
-    _, _, python, abi, platform = native_wheel.stem.split("-")
-    assert (python, abi) == ("py3", "none")
-    assert platform.startswith(("linux_", "macosx_"))
-    tags = email.message_from_string(wheel_text(native_wheel, "WHEEL"))
-    assert tags.get_all("Tag") == [f"py3-none-{platform}"]
-    assert tags["Root-Is-Purelib"] == "false"
-
-
-@pytest.mark.slow
-def test_wheel_with_the_library_holds_one_more_file(native_wheel: Path) -> None:
-    library = packed_files(native_wheel) - package_files()
-    assert library == {f"{PACKAGE}/native/liblowmem_adam.{'dylib' if sys.platform == 'darwin' else 'so'}"}
-    assert packed_files(native_wheel) >= package_files()
-
-
-@pytest.mark.slow
-def test_library_stands_alone(native_wheel: Path, tmp_path: Path) -> None:
-    """It needs nothing of Python or torch, so that one build serves every version, and shows its C interface only."""
-    readelf, nm = shutil.which("readelf"), shutil.which("nm")
-    if not sys.platform.startswith("linux") or readelf is None or nm is None:
-        pytest.skip("needs Linux with binutils")
-    with zipfile.ZipFile(native_wheel) as archive:
-        library = archive.extract(f"{PACKAGE}/native/liblowmem_adam.so", tmp_path)
-    dynamic = subprocess.check_output([readelf, "--dynamic", "--wide", library], text=True, timeout=60)
-    needed = {name.split(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)}
-    assert needed
-    runtime = {"libc", "libm", "libdl", "libpthread", "libgcc_s", "libstdc++", "libgomp", "libomp"}
-    assert {name for name in needed if not name.startswith("ld-linux")} <= runtime
-    assert "RPATH" not in dynamic
-    assert "RUNPATH" not in dynamic
-    exported = subprocess.check_output([nm, "--dynamic", "--defined-only", library], text=True, timeout=60).splitlines()
-    declared = re.findall(r"^LOWMEM_ADAM_API .*?(\w+)\(", (ROOT / PACKAGE / "native/lowmem_adam.h").read_text(), re.M)
-    assert {line.split()[-1] for line in exported} == set(declared)
 
 
 def copy_of_sources(folder: Path) -> Path:
@@ -192,7 +151,7 @@ def test_editable_install_leaves_no_library_of_other_sources(tmp_path: Path) -> 
 def test_library_that_was_asked_for_must_be_built(tmp_path: Path) -> None:
     """And where it cannot, the error says why."""
     with pytest.raises(AssertionError, match=r"/nonexistent/c\+\+"):
-        build_wheel(tmp_path, LACKS["compiler"], "--config-settings", "wheel.cmake=true")
+        build_wheel(tmp_path, LACKS["compiler"], "wheel.cmake=true")
 
 
 def test_source_distribution_can_build_the_library(tmp_path: Path) -> None:

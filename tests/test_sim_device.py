@@ -42,8 +42,8 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_a_case_that_fails_or_ends_its_process_is_reported(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     # What a build that was ended leaves behind; torch would wait for it to go.
-    sim_device.build_folder().mkdir(parents=True, exist_ok=True)
-    (sim_device.build_folder() / "lock").touch()
+    with sim_device.building() as folder:
+        (folder / "lock").touch()
     with pytest.raises(AssertionError, match=r"ended with status 7 before or in the case cases_failing\.ends"):
         running.outcomes([cases_failing], results)
     failures = results.read_text().splitlines()

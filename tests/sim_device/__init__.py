@@ -80,6 +80,16 @@ def build_folder() -> Path:
     return base / f"sim_device-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}"
 
 
+@contextlib.contextmanager
+def building() -> Iterator[Path]:
+    """The folder of the extension, with no other process that builds or loads it for the length of a block."""
+    folder = build_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "building", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield folder
+
+
 def load() -> None:
     """Build the device where that is not done yet, and register it. Further calls do nothing.
 
@@ -108,10 +118,7 @@ def _build() -> Any:
     os.environ["PATH"] = _path_with_scripts()
     from torch.utils import cpp_extension
 
-    folder = build_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "building", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with building() as folder:
         # torch's own lock is a file, which a build that was ended leaves behind, and then everybody waits forever.
         (folder / "lock").unlink(missing_ok=True)
         try:
