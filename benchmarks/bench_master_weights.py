@@ -45,6 +45,7 @@ def measure(numel: int, stream: int, plan: Plan) -> list[dict[str, Any]]:
 def main(
     quick: Annotated[bool, typer.Option(help="A short version, to see that everything runs.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the JSON and Markdown files.")] = harness.RESULTS,
+    name: Annotated[str, typer.Option(help="Name of the files, for other instruction sets.")] = "master_weights",
     threads: Annotated[int, typer.Option(help="Threads of all contestants; 0 takes torch's number.", min=0)] = 0,
 ) -> None:
     """Time the host's step of bfloat16 parameters; ends with 1 if "split" misses its target at full size."""
@@ -81,7 +82,7 @@ def main(
     isa = data["native"].get("isa", "none, the reference ran")
     setting = f"{data['threads']} threads; our native kernel's instruction set: {isa}."
     harness.write_results(
-        "master_weights", data, f"# {title}\n\n{setting} {verdict}\n\n{harness.markdown_table(header, cells)}", output
+        name, data, f"# {title}\n\n{setting} {verdict}\n\n{harness.markdown_table(header, cells)}", output
     )
     typer.echo(verdict)
     if not quick and measured > TARGET:
