@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ from lowmem_adam import AdamW8bit, in_backward, offload, step_in_backward, updat
 from lowmem_adam.stand_ins import HostGradient
 from tests import sim_device as sim
 from tests.cases import DTYPES, FEW, SHAPES, Shape, assert_same_bits, copied, differ, gradient, make_params, params_of
-from tests.host_gradient_cases import all_taken, backward, taking
+from tests.host_gradient_cases import all_taken, backward, peaks_of_passes, taking
 from tests.offload_cases import BUCKET, CUT, UPDATES, WIDE, on_device, optimizer, random_delays, values
 
 
@@ -165,32 +164,15 @@ def case_a_pass_whose_end_is_not_waited_for_shows() -> None:
 # ---------------------------------------------------------------- memory
 
 
-def peaks_of_a_pass(opt: AdamW8bit, params: list[Parameter]) -> list[int]:
-    peaks = []
-    for _ in range(2):
-        x = torch.ones(256, device="sim")
-        loss = torch.stack([(param @ x).sum() for param in params]).sum()
-        torch.accelerator.synchronize()
-        gc.collect()
-        sim.reset_peaks()
-        before = sim.device_bytes()
-        loss.backward()
-        torch.accelerator.synchronize()
-        peaks.append(sim.peak_device_bytes() - before)
-        opt.step()
-        opt.zero_grad()
-    return peaks
-
-
 def case_gradients_are_never_there_together() -> None:
     layers, size = 16, 64 * 256 * 4
     bucket = 2 * size  # a buffer takes a parameter
     params = [Parameter(torch.full((64, 256), float(i), device="sim")) for i in range(layers)]
     opt = AdamW8bit(params, offload="cpu", bucket_cap_mb=bucket / 2**20)
     with step_in_backward(nn.ParameterList(params), opt):
-        most = max(peaks_of_a_pass(opt, params))
+        most = max(device for device, _ in peaks_of_passes(opt, params))
     assert most <= 2 * bucket + 4 * size, most
-    assert min(peaks_of_a_pass(opt, params)) >= layers * size
+    assert min(device for device, _ in peaks_of_passes(opt, params)) >= layers * size
 
 
 # ---------------------------------------------------------------- DTensors, as FSDP2 has them
