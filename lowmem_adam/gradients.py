@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lowmem_adam import local, reduction, settings
 from lowmem_adam.saving import SavedOptimizer
+from lowmem_adam.shard import Partition
 from lowmem_adam.stepping import Stepper
 
 
@@ -75,6 +77,8 @@ class GradientOptimizer(SavedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
+        if self._in_backward is not None:
+            self._in_backward.finish()
         self._use_up_gradients()
         super().zero_grad(set_to_none)
 
@@ -84,6 +88,11 @@ class GradientOptimizer(SavedOptimizer):
             grads = (param.grad for group in self.param_groups for param in group["params"])
             if next((grad for grad in grads if grad is not None), None) is not self._clipped():
                 self._clip_coefficient = 1.0
+
+    def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
+        if self._in_backward is not None:
+            self._in_backward.finish()  # of a pass that was broken off; state is what it says then
+        return super()._cut(needed)
 
     def _watch_gradients(self) -> None:
         """Have the gradients of all parameters taken to the host, where that is asked for."""

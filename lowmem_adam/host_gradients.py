@@ -8,11 +8,14 @@ comes again, the host waits for it and takes it over to where the gradients are 
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from lowmem_adam.local import is_dtensor
 from lowmem_adam.offload import ALIGNMENT, Lane, Offload, Slot
-from lowmem_adam.stand_ins import HostGradient, part_of, place_like
+from lowmem_adam.stand_ins import HostGradient, local_part, place_like
 
 SMALLEST_BUFFER = 1024
 """Bytes, however small the buckets are: a cache line for each of many small gradients, or some of a large one."""
@@ -113,6 +116,12 @@ class Descent:
             else:
                 arrival.target.copy_(arrival.buffer)
 
+    def drop(self) -> None:
+        """Forget what is on its way."""
+        with self._lock:
+            self._loads.clear()
+            self._slot, self._used, self._arrivals = None, 0, []
+
     @torch.no_grad()
     def settle(self) -> None:
         """Until everything that was taken is where it is kept."""
@@ -132,11 +141,100 @@ def _in_order_of(memory: Tensor, values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,))
 
 
+class Descents:
+    """The ways down of all devices. Knows no parameters, so that what stands for a gradient keeps none alive."""
+
+    def __init__(self, offload: Offload) -> None:
+        self._offload = offload
+        self._by_device: dict[torch.device, Descent] = {}
+        self._given: WeakSet[TakenGradient] = WeakSet()
+        self.paused = False
+        """The buffers are somebody else's."""
+
+    def take(self, grad: Tensor, memory: Tensor) -> TakenGradient:
+        """Start a gradient on its way to the host's memory, and give out what stands for it."""
+        self._start(grad, memory, adds=False)
+        taken = TakenGradient(memory, self)
+        self._given.add(taken)
+        return taken
+
+    def add(self, grad: Tensor, memory: Tensor) -> None:
+        """Start a gradient on its way to what is added to the host's memory."""
+        if self.paused:
+            self.settle()
+            memory.add_(grad.cpu())
+        else:
+            self._start(grad, memory, adds=True)
+
+    def settle(self) -> None:
+        """Until all gradients that were taken are on the host.
+
+        Raises:
+            RuntimeError: a device has not brought them.
+        """
+        with self._lost_if_it_fails():
+            for descent in list(self._by_device.values()):
+                descent.settle()
+
+    def pause(self, paused: bool) -> None:
+        """Leave the buffers to somebody else, or take them again."""
+        self.settle()
+        self.paused = paused
+
+    def _start(self, grad: Tensor, memory: Tensor, *, adds: bool) -> None:
+        if grad.device not in self._by_device:
+            self._by_device[grad.device] = Descent(self._offload.lane(grad.device), self._offload.buffer_bytes)
+        with self._lost_if_it_fails():
+            self._by_device[grad.device].take(grad, memory, adds=adds)
+
+    @contextlib.contextmanager
+    def _lost_if_it_fails(self) -> Iterator[None]:
+        """Nobody can tell which gradients have arrived when a copy has failed, so none of them is to be used."""
+        try:
+            yield
+        except BaseException:
+            for taken in list(self._given):
+                taken.lost = True
+            for descent in list(self._by_device.values()):
+                descent.drop()
+            raise
+
+
+class TakenGradient:
+    """A gradient in the host's memory, or on its way there."""
+
+    def __init__(self, memory: Tensor, descents: Descents) -> None:
+        self.memory = memory
+        self._descents = descents
+        self.lost = False
+
+    def settle(self) -> None:
+        """Until all of it is there.
+
+        Raises:
+            RuntimeError: it never will be.
+        """
+        self._descents.settle()
+        self._check()
+
+    def add(self, grad: Tensor) -> None:
+        """Add a gradient of the same shape and dtype that is on the device."""
+        self._check()
+        self._descents.add(grad, self.memory)
+
+    def _check(self) -> None:
+        if self.lost:
+            raise RuntimeError(
+                "this gradient was lost on its way to the host, when a copy failed; accepted: zero_grad() and another "
+                "backward pass"
+            )
+
+
 class _Kept(NamedTuple):
-    """The host's memory for a parameter's gradient, and what was last handed out of it."""
+    """The host's memory for a parameter's gradient, and what was last given out of it."""
 
     memory: Tensor
-    handed_out: weakref.ref[HostGradient]
+    taken: weakref.ref[TakenGradient]
 
 
 class HostGradients:
@@ -144,66 +242,73 @@ class HostGradients:
 
     Parameters on the host keep theirs, as there is nothing to free. So do plain parameters in one of several processes:
     ``DistributedDataParallel`` reduces gradients only after the hooks of their parameters and holds all of them in
-    buffers of its own. FSDP2 calls the hooks after it has reduced.
+    buffers of its own. FSDP2 calls the hooks after it has reduced. A gradient that has a graph (``create_graph=True``)
+    stays too.
 
     Args:
         offload: has the lanes.
     """
 
     def __init__(self, offload: Offload) -> None:
-        self._offload = offload
-        self._descents: dict[torch.device, Descent] = {}
+        self.descents = Descents(offload)
         # Not weakly: torch does not swap tensors that something refers to weakly.
         self._kept: dict[Tensor, _Kept] = {}
         self._hooks: dict[Tensor, Any] = {}
-        self.paused = False
-        """Gradients are left where they are."""
+        self._watched: list[tuple[int, bool]] = []
+        self._told = False
 
     def watch(self, params: Sequence[Tensor]) -> None:
-        """Take the gradients of these, and of no others, from now on, as far as they can have any."""
-        for param in set(self._hooks).difference(params) if len(self._hooks) > len(params) else ():
+        """Take the gradients of those that can have any, and of no others, from now on."""
+        told = [(id(param), param.requires_grad) for param in params]
+        if told == self._watched:
+            return
+        present = {identity for identity, _ in told}
+        for param in [param for param in self._hooks if id(param) not in present]:
             self._hooks.pop(param).remove()
             self._kept.pop(param, None)
         for param in params:
-            if param not in self._hooks and param.requires_grad:
-                self._hooks[param] = param.register_post_accumulate_grad_hook(_hook_of(self))  # type: ignore[no-untyped-call]
+            if param.requires_grad and param not in self._hooks:
+                hook = param.register_post_accumulate_grad_hook(_hook_of(self))  # type: ignore[no-untyped-call]
+                self._hooks[param] = hook
+        self._watched = told
 
     @torch.no_grad()
     def take(self, param: Tensor) -> None:
         """What the hook does: the gradient goes to the host, unless it is there or has to stay."""
-        if param.grad is None or self.paused or _may_be_reduced_later(param):
+        if param.grad is None or self.descents.paused:
             return
-        grad = part_of(param.grad)
+        grad = local_part(param.grad)
         if type(grad) is not Tensor or grad.is_cpu or grad.is_meta or grad.layout != torch.strided or not grad.numel():
             return
-        memory = self._memory_for(param, grad)
-        self._descent(grad.device).take(grad, memory, adds=False)
-        stand_in = HostGradient(memory, grad.device, self.settle, self._add)
-        self._kept[param] = _Kept(memory, weakref.ref(stand_in))
-        param.grad = place_like(param.grad, lambda _: stand_in)
+        if grad.requires_grad:
+            return
+        if may_be_reduced_later(param):
+            self._tell_that_they_stay()
+            return
+        taken = self.descents.take(grad, self._memory_for(param, grad))
+        self._kept[param] = _Kept(taken.memory, weakref.ref(taken))
+        param.grad = place_like(param.grad, lambda _: HostGradient(taken.memory, grad.device, taken))
 
     def _memory_for(self, param: Tensor, grad: Tensor) -> Tensor:
         """The memory that the last gradient had, unless somebody still has that."""
         kept = self._kept.get(param)
         memory = torch.empty_like(grad, device="meta")  # says how it lies
-        if kept is not None and kept.handed_out() is None:
+        if kept is not None and kept.taken() is None:
             there = kept.memory
             if (there.shape, there.stride(), there.dtype) == (memory.shape, memory.stride(), memory.dtype):
                 return there
         return torch.empty_like(memory, device="cpu")
 
-    def _add(self, memory: Tensor, grad: Tensor) -> None:
-        self._descent(grad.device).take(grad, memory, adds=True)
-
-    def _descent(self, device: torch.device) -> Descent:
-        if device not in self._descents:
-            self._descents[device] = Descent(self._offload.lane(device), self._offload.buffer_bytes)
-        return self._descents[device]
-
-    def settle(self) -> None:
-        """Until all gradients that were taken are on the host."""
-        for descent in list(self._descents.values()):
-            descent.settle()
+    def _tell_that_they_stay(self) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "offload_gradients leaves the gradients of plain parameters on their device in "
+                f"{dist.get_world_size()} processes, where DistributedDataParallel reduces them later and keeps all of "
+                "them; what it takes are those of one process, and of FSDP2's DTensors",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def nbytes(self) -> int:
@@ -223,6 +328,9 @@ def _hook_of(gradients: HostGradients) -> Callable[[Tensor], None]:
     return take_gradient
 
 
-def _may_be_reduced_later(param: Tensor) -> bool:
+def may_be_reduced_later(param: Tensor) -> bool:
+    """Whether others may still change a gradient that has been accumulated: that of a plain parameter in one of several
+    processes.
+    """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and not is_dtensor(param)

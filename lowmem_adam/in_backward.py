@@ -8,14 +8,21 @@ the parameters once moments are on the host. Source of the idea: Lv et al. 2023 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowmem_adam.host_gradients import may_be_reduced_later
+from lowmem_adam.offload import on_device
 from lowmem_adam.optimizer import Adam8bit
-from lowmem_adam.stand_ins import SteppedGradient, part_of, place_like
+from lowmem_adam.shard import Partition
+from lowmem_adam.stand_ins import SteppedGradient, local_part, place_like
 from lowmem_adam.stepping import refuse_capture
 from lowmem_adam.updating import Flow, Task, count, stages_of
 
@@ -27,7 +34,8 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
     stepped yet, and the learning-rate scheduler. Steps have the bits that they have without this. In ``param.grad``
     stands a tensor that refuses to be read: what needs all gradients at once cannot be had.
 
-    With ``offload`` the host steps parameters while the device goes on with the backward pass.
+    With ``offload`` the host steps parameters while the device goes on with the backward pass. Gradients that have a
+    graph (``create_graph=True``) are left to ``step()``.
 
     Args:
         model: has parameters of the optimizer. FSDP2's is served, as it reduces gradients before it calls hooks.
@@ -41,7 +49,8 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
         ValueError: what cannot be served: ``DistributedDataParallel``, which reduces gradients later and keeps them in
             buckets of its own, so that none would be freed; moments that several ranks share; accelerate's
             accumulation over several passes and its ``GradScaler``; ``nonfinite="error"``, which checks all gradients
-            first; gradients that are there already; a model of which the optimizer has no parameter.
+            first; gradients that are there already; a model of which the optimizer has no parameter, or whose
+            parameters another optimizer steps in this way.
         RuntimeError: the optimizer steps in backward passes already. Later, from where it is tried: a second gradient
             for a parameter before ``zero_grad()`` and whatever else reads gradients, ``clip_grad_norm_``,
             ``GradScaler``.
@@ -78,43 +87,75 @@ def _own_of_accelerate(optimizer: Any) -> Any:
     return optimizer.optimizer
 
 
+def _next_of(stepped: Tensor) -> Tensor:
+    assert isinstance(stepped, SteppedGradient)
+    following = stepped.next()
+    assert following is not None
+    return following
+
+
+class _Hook:
+    """A hook that keeps neither the optimizer nor its state alive; a copy of it, as of a model, does nothing."""
+
+    def __init__(self, handle: StepInBackward | None = None) -> None:
+        self.handle: Callable[[], StepInBackward | None] = (lambda: None) if handle is None else weakref.ref(handle)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
+
+
+class _GradientHook(_Hook):
+    def __call__(self, param: Tensor) -> None:
+        handle = self.handle()
+        if handle is not None:
+            handle._step(param)
+
+
+class _ForwardHook(_Hook):
+    def __call__(self, *_: Any) -> None:
+        handle = self.handle()
+        if handle is not None and handle._flow is not None:
+            handle.finish()
+
+
 class StepInBackward:
-    """What ``step_in_backward`` has set up; see there."""
+    """What ``step_in_backward`` has set up; see there. Lives as long as its optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: Adam8bit) -> None:
         self._optimizer = optimizer
-        self._check_settings()
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        params = [param for param in model.parameters() if id(param) in held]
-        if not params:
-            raise ValueError(
-                f"the optimizer has none of the {sum(1 for _ in model.parameters())} parameters of the model; "
-                "accepted: an optimizer of this model's parameters"
-            )
-        given = sum(param.grad is not None for param in params)
-        if given:
-            raise ValueError(f"{given} parameters have gradients; accepted: none, as after zero_grad() or before any")
+        self._params = [param for param in model.parameters() if id(param) in held]
+        self._check_params(model)
+        self._check_settings()
+        # Autograd runs the hooks of each device's parameters in a thread of that device.
+        self._lock = threading.RLock()
         self._flow: Flow | None = None
+        self._partition: Partition | None = None
         self._pass = -1
         self._places: dict[int, tuple[int, int]] = {}
         self._waiting: list[Task] = []
         self._waiting_bytes = 0
-        self._hooks: list[Any] = [
-            param.register_post_accumulate_grad_hook(self._step)  # type: ignore[no-untyped-call]
-            for param in params
-            if param.requires_grad
-        ]
+        # What a pass that was broken off has begun to step is stepped before the parameters are read again.
+        self._hooks: list[Any] = [model.register_forward_pre_hook(_ForwardHook(self))]
+        for param in self._params:
+            if param.requires_grad:
+                hook = param.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
         optimizer._in_backward = self
         self._pause_taking(True)
 
     def remove(self) -> None:
         """Undo it: gradients are there for ``step()`` again. Further calls do nothing."""
-        if self._optimizer._in_backward is self:
-            self.finish()
-            self._optimizer._in_backward = None
-            self._pause_taking(False)
+        if self._optimizer._in_backward is not self:
+            return
+        self.finish()
+        self._optimizer._in_backward = None
+        self._pause_taking(False)
         while self._hooks:
             self._hooks.pop().remove()
+        for param in self._params:
+            if param.grad is not None and isinstance(part := local_part(param.grad), SteppedGradient):
+                param.grad = None if part.next() is None else place_like(param.grad, _next_of)
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -125,41 +166,46 @@ class StepInBackward:
         self.remove()
 
     @torch.no_grad()
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def finish(self) -> None:
         """Step what still waits, and let what reads parameters wait for all that were stepped."""
-        flow, self._flow = self._flow, None
-        if flow is not None:
-            self._send(flow)
-            flow.finish()
+        with self._lock:
+            flow, self._flow = self._flow, None
+            if flow is not None:
+                self._send(flow)
+                flow.finish()
 
     # ---------------------------------------------------------------- a parameter with its gradient
 
     @torch.no_grad()
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self, param: Tensor) -> None:
-        if (
-            param.grad is not None
-            and isinstance(part := part_of(param.grad), SteppedGradient)
-            and part.added is not None
-        ):
-            added = part.added
-            param.grad = place_like(param.grad, lambda _: added)
-        grad = param.grad
-        if grad is None or isinstance(part_of(grad), SteppedGradient):
+        if param.grad is None:
             return
+        part = local_part(param.grad)
+        if isinstance(part, SteppedGradient):
+            if part.next() is None:
+                return
+            param.grad = place_like(param.grad, _next_of)
+        # One that has a graph (create_graph=True) is still wanted: step() has it.
+        if not local_part(param.grad).requires_grad:
+            with self._lock:
+                self._step_with(param, param.grad)
+
+    def _step_with(self, param: Tensor, grad: Tensor) -> None:
         optimizer, stepper = self._optimizer, self._optimizer._stepper
-        flow, partition = self._current_flow(), optimizer._cut()
+        flow, partition = self._current_flow()
         if id(param) not in self._places:  # it was taken out of the optimizer
             return
         group_index, index = self._places[id(param)]
         group = optimizer.param_groups[group_index]
         tasks = stepper.check_some(group, group_index, [(index, param)], optimizer.state, partition, 1.0)
         tasks = stepper.begin(tasks, stepper.made(tasks, partition), optimizer.state, partition)
-        param.grad = place_like(grad, SteppedGradient)
-        # As for every write into a parameter: what the rest of the pass still needs of it is an error of torch's.
+        param.grad = place_like(grad, lambda part: SteppedGradient(part, stepper.owner))
+        # As for every write into a parameter: where it was saved for the rest of the pass, that is an error of torch's.
         torch.autograd.graph.increment_version(param)
         self._waiting += tasks
-        self._waiting_bytes += sum(task.grad.nbytes for task in tasks)
+        self._waiting_bytes += sum(part.nbytes for task in tasks for part in on_device(task.param, task.grad))
         count(tasks)
         optimizer._consolidated = None
         if stepper.offload is None or param.is_cpu or self._waiting_bytes >= stepper.offload.buffer_bytes:
@@ -167,12 +213,12 @@ class StepInBackward:
         if self._pass < 0:
             self.finish()
 
-    def _current_flow(self) -> Flow:
+    def _current_flow(self) -> tuple[Flow, Partition]:
         """What the parameters of this backward pass go through; ends that of a pass that was broken off."""
         this_pass = torch._C._current_graph_task_id()
         if self._flow is not None and this_pass != self._pass:
             self.finish()
-        if self._flow is None:
+        if self._flow is None or self._partition is None:
             refuse_capture()
             self._check_settings()
             optimizer = self._optimizer
@@ -181,19 +227,45 @@ class StepInBackward:
                 for group_index, group in enumerate(optimizer.param_groups)
                 for index, param in enumerate(group["params"])
             }
-            self._flow = Flow(optimizer._cut(), optimizer._stepper.offload, optimizer._stepper.skipped)
+            self._partition = optimizer._cut()
+            self._flow = Flow(self._partition, optimizer._stepper.offload, optimizer._stepper.skipped)
             self._pass = this_pass
             if this_pass >= 0:
                 torch.autograd.Variable._execution_engine.queue_callback(self.finish)
-        return self._flow
+        return self._flow, self._partition
 
     def _send(self, flow: Flow) -> None:
         """Start what waits on its way; small parameters go together."""
-        partition, offload = self._optimizer._cut(), self._optimizer._stepper.offload
-        work = [(partition.own(task.param), task) for task in self._waiting]
+        assert self._partition is not None
+        work = [(self._partition.own(task.param), task) for task in self._waiting]
         self._waiting, self._waiting_bytes = [], 0
-        for stage in stages_of(work, offload, None):
+        for stage in stages_of(work, self._optimizer._stepper.offload, None):
             flow.put(stage)
+
+    # ---------------------------------------------------------------- what can be served
+
+    def _check_params(self, model: nn.Module) -> None:
+        """Check the parameters that are to be stepped.
+
+        Raises:
+            ValueError: there are none, they have gradients, or another optimizer steps them.
+        """
+        if not self._params:
+            raise ValueError(
+                f"the optimizer has none of the {sum(1 for _ in model.parameters())} parameters of the model; "
+                "accepted: an optimizer of this model's parameters"
+            )
+        given = sum(param.grad is not None for param in self._params)
+        if given:
+            raise ValueError(f"{given} parameters have gradients; accepted: none, as after zero_grad() or before any")
+        hooks = [
+            hook for p in self._params for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+        ]
+        if any(isinstance(hook, _GradientHook) and hook.handle() is not None for hook in hooks):
+            raise ValueError(
+                "another optimizer steps parameters of the model in the backward pass; accepted: remove() of its "
+                "handle first"
+            )
 
     def _check_settings(self) -> None:
         """Check what may also change later.
@@ -210,7 +282,12 @@ class StepInBackward:
                 f"{size} ranks share the moments, and all of them must step together; accepted: shard_group=None, as "
                 "with FSDP2, or a group of one rank"
             )
+        if any(may_be_reduced_later(param) for param in self._params):
+            raise ValueError(
+                f"there are {dist.get_world_size()} processes, and the model has plain parameters, whose gradients "
+                "DistributedDataParallel reduces after their hooks; accepted: one process, or FSDP2's fully_shard"
+            )
 
     def _pause_taking(self, paused: bool) -> None:
         if self._optimizer._stepper.gradients is not None:
-            self._optimizer._stepper.gradients.paused = paused
+            self._optimizer._stepper.gradients.descents.pause(paused)

@@ -74,8 +74,9 @@ class Adam8bit(GradientOptimizer):
         offload: ``"cpu"`` keeps moments, and what ``low_precision_update`` keeps, on the host and steps there, while
             parameters and gradients stay on their device. The next forward pass waits for the parameters by itself.
         offload_gradients: with ``offload``, takes each gradient to the host as the backward pass makes it, frees it on
-            the device, and adds those of further passes on the host. ``param.grad`` is a tensor of the host then that
-            torch's operators accept. Gradients that ``DistributedDataParallel`` holds in its buckets stay.
+            the device, and adds those of further passes on the host. ``param.grad`` is then a tensor of the parameter's
+            device whose values are on the host; torch's operators accept it. Those of plain parameters in one of
+            several processes stay where they are, since ``DistributedDataParallel`` may reduce them later.
         bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``, and
             of half of the pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
             in one run are sent in copies, of which all ranks' take no more than that.

@@ -130,13 +130,13 @@ class Prepared:
         """As ``fragment``, of a parameter's and a gradient's elements on the host, which come to the same place there
         from step to step or else are known anew.
         """
-        key = (first_block, end_block, param.data_ptr())
+        key, address = (first_block, end_block), param.data_ptr()
         cache = self._caches.get(key)
-        if cache is None:
+        if cache is None or cache.get("address") != address:
             layout = self._layout
             start, stop = layout.block_start(first_block), layout.block_start(end_block)
             held = (self._moments_between(first_block, end_block), self._master_between(start, stop))
-            cache = self._caches[key] = {"held": held}
+            cache = self._caches[key] = {"held": held, "address": address}
         moments, master = cache["held"]
         return Fragment(param, grad, moments, self._layout, first_block, end_block, cache, master)
 

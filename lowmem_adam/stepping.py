@@ -19,7 +19,7 @@ from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Partition, read
-from lowmem_adam.stand_ins import HostGradient, SteppedGradient, part_of
+from lowmem_adam.stand_ins import HostGradient, SteppedGradient, local_part, place_like
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
 from lowmem_adam.updating import Task
 
@@ -34,6 +34,8 @@ class Stepper:
         """The way to the host; None where moments lie with their parameters."""
         self.gradients = gradients
         """Takes gradients there before they are stepped; None where they stay on their device."""
+        self.owner = object()
+        """Identifies whose gradients were stepped."""
         self.skipped: dict[torch.device, Tensor | int] = {}
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
         self._prepared: dict[Tensor, Prepared] = {}
@@ -94,9 +96,13 @@ class Stepper:
         backends: dict[torch.device, str] = {}
         for index, param in params:
             grad = param.grad
-            if grad is None or isinstance(part_of(grad), SteppedGradient):
+            if grad is None:
                 continue
             label = label_of(group, group_index, index)
+            if isinstance(local_part(grad), SteppedGradient):
+                grad = self._gradient_after(grad, label)
+                if grad is None:
+                    continue
             master = master_dtype(param.dtype, group)
             state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
             if param.device not in backends:
@@ -112,6 +118,22 @@ class Stepper:
             told = (group["moments"], master, backends[param.device], records[step], label)
             tasks.append(Task(param, grad, *told, state, prepared))
         return tasks
+
+    def _gradient_after(self, grad: Tensor, label: str) -> Tensor | None:
+        """The gradient that is there after one that was stepped in the backward pass; None where there is no other.
+
+        Raises:
+            ValueError: another optimizer has stepped with it.
+        """
+        stepped = local_part(grad)
+        assert isinstance(stepped, SteppedGradient)
+        if stepped.owner is not self.owner:
+            raise ValueError(
+                f"{label}: another optimizer has stepped with its gradient, by step_in_backward, and freed it; "
+                "accepted: gradients of a pass after remove() of that handle"
+            )
+        following = stepped.next()
+        return None if following is None else place_like(grad, lambda _: following)
 
     def _check_settings(self, group: dict[str, Any], group_index: int) -> None:
         """Check the settings of a group, unless they are the very objects of the last step."""
@@ -205,7 +227,7 @@ class Stepper:
             partition: who steps what.
         """
         if self.gradients is not None:
-            self.gradients.settle()  # also those that nobody waits for: their buffers are the step's now
+            self.gradients.descents.settle()  # also those that nobody waits for: their buffers are the step's now
         updating.update(tasks, partition, self.offload, self.skipped)
 
 

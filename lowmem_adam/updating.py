@@ -144,7 +144,8 @@ def stages_of(work: Sequence[tuple[Piece, Task]], offload: Offload | None, compl
     for of_device in elsewhere.values():
         assert offload is not None
         yield from _by_way_of_host(of_device, offload)
-    yield Stage(here, None, completes)
+    if here or completes is not None:
+        yield Stage(here, None, completes)
 
 
 def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload) -> Iterator[Stage]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -18,12 +20,23 @@ from lowmem_adam import AdamW8bit, in_backward, offload, step_in_backward, updat
 from lowmem_adam.stand_ins import HostGradient
 from tests import sim_device as sim
 from tests.cases import DTYPES, FEW, SHAPES, Shape, assert_same_bits, copied, differ, gradient, make_params, params_of
-from tests.host_gradient_cases import all_taken, backward, peaks_of_passes, taking
+from tests.host_gradient_cases import all_taken, backward, taking
+from tests.host_gradient_fault_cases import peaks_of_passes
 from tests.offload_cases import BUCKET, CUT, UPDATES, WIDE, on_device, optimizer, random_delays, values
 
 
-def model_of(opt: AdamW8bit) -> nn.Module:
-    return nn.ParameterList(params_of(opt))
+class Model(nn.Module):
+    """Parameters, and a forward pass that reads none."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.held = nn.ParameterList(params)
+
+    def forward(self) -> None: ...
+
+
+def model_of(opt: AdamW8bit) -> Model:
+    return Model(params_of(opt))
 
 
 def both(
@@ -92,17 +105,17 @@ def case_parameters_of_the_host_and_of_the_device_together() -> None:
     mixed = [Parameter(p.detach().to("sim" if index % 2 else "cpu")) for index, p in enumerate(params)]
     offloaded, alone = optimizer(mixed, offload="cpu", bucket_cap_mb=BUCKET), optimizer(params)
     with step_in_backward(model_of(offloaded), offloaded):
-        for step in range(3):
+        for step in range(12):
             offloaded.zero_grad()
-            for device in ("cpu", "sim"):
-                total: Any = 0.0
-                for index, param in enumerate(params_of(offloaded)):
-                    if param.device.type == device:
-                        grad = gradient(torch.empty(param.shape), 0, index, step)
-                        total = total + (param * grad.to(device)).sum()
-                total.backward()
+            # Autograd has a thread for each device, and both call hooks.
+            sums: dict[str, Any] = {"cpu": 0.0, "sim": 0.0}
+            for index, param in enumerate(params_of(offloaded)):
+                grad = gradient(torch.empty(param.shape), 0, index, step).to(param.device)
+                sums[param.device.type] = sums[param.device.type] + (param * grad).sum()
+            with random_delays():
+                torch.autograd.backward(list(sums.values()))
             offloaded.step()
-    train(alone, range(3))
+    train(alone, range(12))
     assert_alike(offloaded, alone)
 
 
@@ -116,6 +129,62 @@ def case_it_goes_before_gradients_taken_to_the_host() -> None:
     assert all_taken(offloaded)
     train(alone, range(5))
     assert_alike(offloaded, alone)
+
+
+def case_a_pass_that_is_broken_off_is_finished_before_parameters_are_read() -> None:
+    """What was begun is stepped whole, by the forward pass or zero_grad that comes next."""
+    for bucket, follows in itertools.product((BUCKET, 64.0), ("forward", "zero_grad", "state_dict")):
+        offloaded, alone = both(WIDE, bucket=bucket)
+        model = model_of(offloaded)
+        with step_in_backward(model, offloaded), sim.holding():
+            last = params_of(offloaded)[0]  # gradients come in the order of the last one first
+
+            def fail(_: Any) -> None:
+                raise RuntimeError("broken off")
+
+            hook = last.register_hook(fail)
+            with pytest.raises(RuntimeError, match="broken off"):
+                backward(offloaded, 0)
+            hook.remove()
+            if follows == "forward":
+                model()
+            else:
+                getattr(offloaded, follows)()
+            after = values(offloaded)
+        stepped = [index for index, param in enumerate(params_of(offloaded)) if param in offloaded.state]
+        assert stepped
+        assert 0 not in stepped
+        for index, param in enumerate(params_of(alone)):
+            param.grad = gradient(torch.empty(param.shape), 0, index, 0) if index in stepped else None
+        alone.step()
+        assert_same_bits(after, values(alone), f"{bucket}, {follows}")
+        assert not sim.races(), sim.races()
+
+
+def case_host_gradients_of_another_model_are_kept_while_it_steps() -> None:
+    """One optimizer of two models: what one of them has left in the buffers, and adds, does not get lost."""
+    for step_first in (False, True):
+        offloaded, alone = taking(WIDE)
+        first, rest = params_of(offloaded)[:1], params_of(offloaded)[1:]
+        grads = [gradient(torch.empty(param.shape), 0, index, 0) for index, param in enumerate(params_of(offloaded))]
+
+        def run(params: list[Any], start: int, grads: list[Any] = grads) -> None:
+            torch.stack([(p * grads[start + i].to(p.device)).sum() for i, p in enumerate(params)]).sum().backward()
+
+        run(rest, 1)
+        with step_in_backward(nn.ParameterList(first), offloaded):
+            for _ in range(2 if step_first else 1):
+                run(rest, 1)
+            run(first, 0)
+            offloaded.step()
+        for index, param in enumerate(params_of(alone)):
+            times = 1 if index == 0 else (3 if step_first else 2)
+            total = grads[index]
+            for _ in range(times - 1):
+                total = total + grads[index]
+            param.grad = total
+        alone.step()
+        assert_alike(offloaded, alone)
 
 
 # ---------------------------------------------------------------- waits

@@ -26,7 +26,8 @@ stage "${tests[@]}" "$@"
 again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
     bench_sharding bench_offload shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
-    offload out_of_memory in_backward reference rounding codec layout peer_formats parity_short; do
+    offload out_of_memory in_backward in_backward_ranks \
+    in_backward_refusals reference rounding codec layout peer_formats parity_short; do
     again+=(--ignore "tests/test_$name.py")
 done
 # Nor, in other files, loads of what any number of ranks saved (test_dtensor.py loads shards), resumed launches, launches

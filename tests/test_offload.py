@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from lowmem_adam import AdamW8bit, offload
-from tests import host_gradient_cases, in_backward_cases, offload_cases, sim_device
+from tests import host_gradient_cases, host_gradient_fault_cases, in_backward_cases, offload_cases, sim_device
 from tests.cases import DTYPES, SHAPES, assert_same_bits, everything, make_params, train
 from tests.sim_device import running
 
-MODULES = (offload_cases, host_gradient_cases, in_backward_cases)
+MODULES = (offload_cases, host_gradient_cases, host_gradient_fault_cases, in_backward_cases)
 REASON = sim_device.why_unavailable()
 NEEDS_COMPILER = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
