@@ -18,6 +18,9 @@ from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.shard import read
 from lowmem_adam.state import check_state, master_of, moments_of
 
+MOST_PIECES = 128
+"""Pieces of a parameter by way of the host that something is kept of."""
+
 
 class Prepared:
     """A checked parameter with its state: what a kernel is given, but for the gradient.
@@ -136,6 +139,8 @@ class Prepared:
             layout = self._layout
             start, stop = layout.block_start(first_block), layout.block_start(end_block)
             held = (self._moments_between(first_block, end_block), self._master_between(start, stop))
+            if len(self._caches) >= MOST_PIECES:
+                self._caches.clear()  # where a parameter is cut depends on which others have gradients
             cache = self._caches[key] = {"held": held, "address": address}
         moments, master = cache["held"]
         return Fragment(param, grad, moments, self._layout, first_block, end_block, cache, master)
