@@ -19,7 +19,7 @@ class InBackward(Protocol):
     """Steps parameters in the backward pass; ``lowmem_adam.in_backward`` has it."""
 
     def finish(self) -> None:
-        """Wait for what is still being stepped."""
+        """Step what still waits, and let what reads parameters wait for it."""
 
 
 class GradientOptimizer(SavedOptimizer):

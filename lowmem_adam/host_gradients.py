@@ -153,9 +153,9 @@ class Descents:
 
     def take(self, grad: Tensor, memory: Tensor) -> TakenGradient:
         """Start a gradient on its way to the host's memory, and give out what stands for it."""
-        self._start(grad, memory, adds=False)
         taken = TakenGradient(memory, self)
-        self._given.add(taken)
+        self._given.add(taken)  # before anything can fail
+        self._start(grad, memory, adds=False)
         return taken
 
     def add(self, grad: Tensor, memory: Tensor) -> None:
@@ -225,8 +225,8 @@ class TakenGradient:
     def _check(self) -> None:
         if self.lost:
             raise RuntimeError(
-                "this gradient was lost on its way to the host, when a copy failed; accepted: zero_grad() and another "
-                "backward pass"
+                "this gradient was lost on its way to the host, when a copy failed; accepted: "
+                "zero_grad(set_to_none=True) and another backward pass"
             )
 
 
@@ -235,6 +235,8 @@ class _Kept(NamedTuple):
 
     memory: Tensor
     taken: weakref.ref[TakenGradient]
+    device: torch.device
+    """That brings it: what another one has left on its way here must not come later."""
 
 
 class HostGradients:
@@ -280,20 +282,20 @@ class HostGradients:
         grad = local_part(param.grad)
         if type(grad) is not Tensor or grad.is_cpu or grad.is_meta or grad.layout != torch.strided or not grad.numel():
             return
-        if grad.requires_grad:
+        if grad.requires_grad or param.grad.requires_grad:
             return
         if may_be_reduced_later(param):
             self._tell_that_they_stay()
             return
         taken = self.descents.take(grad, self._memory_for(param, grad))
-        self._kept[param] = _Kept(taken.memory, weakref.ref(taken))
+        self._kept[param] = _Kept(taken.memory, weakref.ref(taken), grad.device)
         param.grad = place_like(param.grad, lambda _: HostGradient(taken.memory, grad.device, taken))
 
     def _memory_for(self, param: Tensor, grad: Tensor) -> Tensor:
         """The memory that the last gradient had, unless somebody still has that."""
         kept = self._kept.get(param)
         memory = torch.empty_like(grad, device="meta")  # says how it lies
-        if kept is not None and kept.taken() is None:
+        if kept is not None and kept.taken() is None and kept.device == grad.device:
             there = kept.memory
             if (there.shape, there.stride(), there.dtype) == (memory.shape, memory.stride(), memory.dtype):
                 return there
@@ -332,5 +334,9 @@ def may_be_reduced_later(param: Tensor) -> bool:
     """Whether others may still change a gradient that has been accumulated: that of a plain parameter in one of several
     processes.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and not is_dtensor(param)
+    return several_processes() and not is_dtensor(param)
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

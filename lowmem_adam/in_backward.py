@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowmem_adam.host_gradients import may_be_reduced_later
+from lowmem_adam.host_gradients import may_be_reduced_later, several_processes
 from lowmem_adam.offload import on_device
 from lowmem_adam.optimizer import Adam8bit
 from lowmem_adam.shard import Partition
@@ -94,28 +93,36 @@ def _next_of(stepped: Tensor) -> Tensor:
     return following
 
 
-class _Hook:
-    """A hook that keeps neither the optimizer nor its state alive; a copy of it, as of a model, does nothing."""
+class _GradientHook:
+    """A hook of a parameter that keeps neither the optimizer nor its state alive."""
 
-    def __init__(self, handle: StepInBackward | None = None) -> None:
-        self.handle: Callable[[], StepInBackward | None] = (lambda: None) if handle is None else weakref.ref(handle)
+    def __init__(self, handle: StepInBackward) -> None:
+        self.handle = weakref.ref(handle)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return type(self), ()
-
-
-class _GradientHook(_Hook):
     def __call__(self, param: Tensor) -> None:
         handle = self.handle()
         if handle is not None:
             handle._step(param)
 
 
-class _ForwardHook(_Hook):
-    def __call__(self, *_: Any) -> None:
-        handle = self.handle()
-        if handle is not None and handle._flow is not None:
-            handle.finish()
+class _EndOfPass:
+    """Autograd calls it at the end of a backward pass, and drops it uncalled where the pass is broken off.
+
+    So what was begun is stepped in either case. After an error that may be a moment later than the caller has it, in
+    the thread of a device: the optimizer's calls wait for it.
+    """
+
+    def __init__(self, handle: StepInBackward, flow: Flow) -> None:
+        self._handle, self._flow = handle, flow
+
+    def __call__(self) -> None:
+        self._handle._finish(self._flow)
+
+    def __del__(self) -> None:
+        try:
+            self._handle._finish(self._flow)
+        except Exception as error:  # noqa: BLE001 (raised by the next call; from here nobody would see it)
+            self._handle._failure = error
 
 
 class StepInBackward:
@@ -133,26 +140,29 @@ class StepInBackward:
         self._partition: Partition | None = None
         self._pass = -1
         self._places: dict[int, tuple[int, int]] = {}
+        self._known: tuple[int, ...] = ()
         self._waiting: list[Task] = []
         self._waiting_bytes = 0
-        # What a pass that was broken off has begun to step is stepped before the parameters are read again.
-        self._hooks: list[Any] = [model.register_forward_pre_hook(_ForwardHook(self))]
+        self._failure: Exception | None = None
+        self._pause_taking(True)
+        self._hooks: list[Any] = []
         for param in self._params:
             if param.requires_grad:
                 hook = param.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
         optimizer._in_backward = self
-        self._pause_taking(True)
 
     def remove(self) -> None:
         """Undo it: gradients are there for ``step()`` again. Further calls do nothing."""
         if self._optimizer._in_backward is not self:
             return
-        self.finish()
-        self._optimizer._in_backward = None
-        self._pause_taking(False)
-        while self._hooks:
-            self._hooks.pop().remove()
+        try:
+            self.finish()
+            self._pause_taking(False)
+        finally:
+            self._optimizer._in_backward = None
+            while self._hooks:
+                self._hooks.pop().remove()
         for param in self._params:
             if param.grad is not None and isinstance(part := local_part(param.grad), SteppedGradient):
                 param.grad = None if part.next() is None else place_like(param.grad, _next_of)
@@ -165,13 +175,28 @@ class StepInBackward:
     ) -> None:
         self.remove()
 
-    @torch.no_grad()
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def finish(self) -> None:
-        """Step what still waits, and let what reads parameters wait for all that were stepped."""
+        """Step what still waits, and let what reads parameters wait for all that were stepped.
+
+        Raises:
+            Exception: that failed, now or at the end of a pass that was broken off.
+        """
         with self._lock:
-            flow, self._flow = self._flow, None
-            if flow is not None:
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+            if self._flow is not None:
+                self._finish(self._flow)
+            offload = self._optimizer._stepper.offload
+            if offload is not None:
+                offload.join()  # where another thread has finished it, that one's stream waits alone
+
+    @torch.no_grad()
+    def _finish(self, flow: Flow) -> None:
+        with self._lock:
+            if self._flow is flow:
+                self._flow = None
                 self._send(flow)
                 flow.finish()
 
@@ -188,7 +213,7 @@ class StepInBackward:
                 return
             param.grad = place_like(param.grad, _next_of)
         # One that has a graph (create_graph=True) is still wanted: step() has it.
-        if not local_part(param.grad).requires_grad:
+        if not (param.grad.requires_grad or local_part(param.grad).requires_grad):
             with self._lock:
                 self._step_with(param, param.grad)
 
@@ -204,6 +229,10 @@ class StepInBackward:
         param.grad = place_like(grad, lambda part: SteppedGradient(part, stepper.owner))
         # As for every write into a parameter: where it was saved for the rest of the pass, that is an error of torch's.
         torch.autograd.graph.increment_version(param)
+        for task in tasks:
+            if stepper.offload is not None and not task.prepared.param.is_cpu:  # type: ignore[union-attr]
+                # Now, on the stream that has made the gradient: another one may send it.
+                stepper.offload.lane(task.prepared.param.device).follow()  # type: ignore[union-attr]
         self._waiting += tasks
         self._waiting_bytes += sum(part.nbytes for task in tasks for part in on_device(task.param, task.grad))
         count(tasks)
@@ -222,16 +251,18 @@ class StepInBackward:
             refuse_capture()
             self._check_settings()
             optimizer = self._optimizer
-            self._places = {
-                id(param): (group_index, index)
-                for group_index, group in enumerate(optimizer.param_groups)
-                for index, param in enumerate(group["params"])
-            }
             self._partition = optimizer._cut()
+            if not optimizer._known or optimizer._known is not self._known:
+                self._known = optimizer._known
+                self._places = {
+                    id(param): (group_index, index)
+                    for group_index, group in enumerate(optimizer.param_groups)
+                    for index, param in enumerate(group["params"])
+                }
             self._flow = Flow(self._partition, optimizer._stepper.offload, optimizer._stepper.skipped)
             self._pass = this_pass
             if this_pass >= 0:
-                torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+                torch.autograd.Variable._execution_engine.queue_callback(_EndOfPass(self, self._flow))
         return self._flow, self._partition
 
     def _send(self, flow: Flow) -> None:
@@ -282,7 +313,7 @@ class StepInBackward:
                 f"{size} ranks share the moments, and all of them must step together; accepted: shard_group=None, as "
                 "with FSDP2, or a group of one rank"
             )
-        if any(may_be_reduced_later(param) for param in self._params):
+        if several_processes() and any(may_be_reduced_later(param) for param in self._params):
             raise ValueError(
                 f"there are {dist.get_world_size()} processes, and the model has plain parameters, whose gradients "
                 "DistributedDataParallel reduces after their hooks; accepted: one process, or FSDP2's fully_shard"

@@ -116,6 +116,7 @@ def _can_be_added(grad: Any, other: Any) -> bool:
 def _on_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     gradients = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, HostGradient)]
     memory = {gradient.values().untyped_storage().data_ptr(): gradient for gradient in gradients}
+    whole = {id(gradient._host): gradient for gradient in gradients}
     copies: dict[int, Tensor] = {}
 
     def down(leaf: Any) -> Any:
@@ -130,9 +131,8 @@ def _on_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     def up(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_cpu:
             return leaf
-        for gradient in gradients:
-            if leaf is gradient._host:
-                return gradient
+        if id(leaf) in whole:
+            return whole[id(leaf)]
         viewed = memory.get(leaf.untyped_storage().data_ptr()) if leaf.numel() else None
         if viewed is not None:
             return HostGradient(leaf, viewed.device, viewed._taken)
@@ -165,7 +165,8 @@ class _Next:
 class SteppedGradient(Tensor):
     """Stands for a gradient that ``step_in_backward`` has used and freed; refuses whatever reads it or adds to it.
 
-    Once it was set to zero, as ``zero_grad(set_to_none=False)`` does, the gradient that is added is the next one.
+    Once it was set to zero, as ``zero_grad(set_to_none=False)`` does, the gradient that is added is the next one; it is
+    not to be read then either.
 
     Args:
         grad: the gradient, or another that stands for it.
@@ -200,8 +201,16 @@ class SteppedGradient(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SteppedGradient(shape={tuple(self.shape)}, device={str(self.device)!r})"
 
+    def copied(self) -> SteppedGradient:
+        """Another that stands for as much, and is set to zero and added to apart from this one."""
+        other = SteppedGradient(self, self.owner)
+        other._next = _Next()
+        other._next.is_zero = self._next.is_zero
+        other._next.gradient = None if self._next.gradient is None else self._next.gradient.clone()
+        return other
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SteppedGradient:
-        memo[id(self)] = copied = SteppedGradient(self.detach(), self.owner)
+        memo[id(self)] = copied = self.copied()
         return copied
 
     @classmethod
@@ -219,6 +228,10 @@ class SteppedGradient(Tensor):
         if isinstance(grad, SteppedGradient):
             if func in (_aten.detach.default, _aten.alias.default):
                 return SteppedGradient(grad, grad.owner)
+            if func is _aten.clone.default:
+                return grad.copied()
+            if func is _aten.add.Tensor and grad._next.is_zero and grad._next.gradient is None and not kwargs:
+                return args[1].clone()  # of a pass with a graph, whose gradients are added out of place
             if func is _aten._to_copy.default:
                 changed = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
                 return SteppedGradient(grad, grad.owner, **changed)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,18 +24,8 @@ from tests.host_gradient_fault_cases import peaks_of_passes
 from tests.offload_cases import BUCKET, CUT, UPDATES, WIDE, on_device, optimizer, random_delays, values
 
 
-class Model(nn.Module):
-    """Parameters, and a forward pass that reads none."""
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.held = nn.ParameterList(params)
-
-    def forward(self) -> None: ...
-
-
-def model_of(opt: AdamW8bit) -> Model:
-    return Model(params_of(opt))
+def model_of(opt: AdamW8bit) -> nn.Module:
+    return nn.ParameterList(params_of(opt))
 
 
 def both(
@@ -131,12 +120,11 @@ def case_it_goes_before_gradients_taken_to_the_host() -> None:
     assert_alike(offloaded, alone)
 
 
-def case_a_pass_that_is_broken_off_is_finished_before_parameters_are_read() -> None:
-    """What was begun is stepped whole, by the forward pass or zero_grad that comes next."""
-    for bucket, follows in itertools.product((BUCKET, 64.0), ("forward", "zero_grad", "state_dict")):
+def case_a_pass_that_is_broken_off_is_finished() -> None:
+    """What was begun is stepped whole, and whatever comes after zero_grad() finds nothing begun."""
+    for bucket, follows in itertools.product((BUCKET, 64.0), ("nothing", "load", "another pass")):
         offloaded, alone = both(WIDE, bucket=bucket)
-        model = model_of(offloaded)
-        with step_in_backward(model, offloaded), sim.holding():
+        with step_in_backward(model_of(offloaded), offloaded), sim.holding():
             last = params_of(offloaded)[0]  # gradients come in the order of the last one first
 
             def fail(_: Any) -> None:
@@ -146,24 +134,60 @@ def case_a_pass_that_is_broken_off_is_finished_before_parameters_are_read() -> N
             with pytest.raises(RuntimeError, match="broken off"):
                 backward(offloaded, 0)
             hook.remove()
-            if follows == "forward":
-                model()
-            else:
-                getattr(offloaded, follows)()
+            offloaded.zero_grad()
+            stepped = [index for index, param in enumerate(params_of(offloaded)) if param in offloaded.state]
+            if follows == "load":
+                with torch.no_grad():
+                    for param in params_of(offloaded):
+                        param.fill_(0.5)
+                offloaded.state_dict()
+            if follows == "another pass":
+                backward(offloaded, 1)
             after = values(offloaded)
-        stepped = [index for index, param in enumerate(params_of(offloaded)) if param in offloaded.state]
         assert stepped
         assert 0 not in stepped
         for index, param in enumerate(params_of(alone)):
             param.grad = gradient(torch.empty(param.shape), 0, index, 0) if index in stepped else None
         alone.step()
+        if follows == "load":
+            assert all(bool((value == 0.5).all()) for value in after)
+            continue
+        if follows == "another pass":
+            train(alone, range(1, 2))
         assert_same_bits(after, values(alone), f"{bucket}, {follows}")
         assert not sim.races(), sim.races()
 
 
+def case_gradients_that_are_made_on_several_streams() -> None:
+    """Autograd runs a hook on the stream of its parameter's part of the forward pass."""
+    for bucket in (BUCKET, 64.0):
+        offloaded, alone = both(WIDE, bucket=bucket)
+        other = torch.Stream(device="sim")
+        params = params_of(offloaded)
+        grads = [gradient(torch.empty(param.shape), 0, index, 0) for index, param in enumerate(params)]
+        with step_in_backward(model_of(offloaded), offloaded):
+            torch.accelerator.synchronize()
+            with sim.holding():
+                sums = []
+                for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                    there = grad.pin_memory().to("sim", non_blocking=True)
+                    there.record_stream(other)
+                    other.wait_event(torch.accelerator.current_stream().record_event())
+                    with other if index % 2 else contextlib.nullcontext():
+                        sums.append((param * there).sum())
+                torch.accelerator.current_stream().wait_event(other.record_event())
+                torch.stack(sums).sum().backward()
+                after = values(offloaded)
+        assert not sim.races(), sim.races()
+        for param, grad in zip(params_of(alone), grads, strict=True):
+            param.grad = grad
+        alone.step()
+        assert_same_bits(after, values(alone), str(bucket))
+
+
 def case_host_gradients_of_another_model_are_kept_while_it_steps() -> None:
     """One optimizer of two models: what one of them has left in the buffers, and adds, does not get lost."""
-    for step_first in (False, True):
+    for added in (False, True):
         offloaded, alone = taking(WIDE)
         first, rest = params_of(offloaded)[:1], params_of(offloaded)[1:]
         grads = [gradient(torch.empty(param.shape), 0, index, 0) for index, param in enumerate(params_of(offloaded))]
@@ -173,12 +197,12 @@ def case_host_gradients_of_another_model_are_kept_while_it_steps() -> None:
 
         run(rest, 1)
         with step_in_backward(nn.ParameterList(first), offloaded):
-            for _ in range(2 if step_first else 1):
+            for _ in range(2 if added else 0):
                 run(rest, 1)
             run(first, 0)
             offloaded.step()
         for index, param in enumerate(params_of(alone)):
-            times = 1 if index == 0 else (3 if step_first else 2)
+            times = 3 if added and index else 1
             total = grads[index]
             for _ in range(times - 1):
                 total = total + grads[index]
@@ -221,13 +245,13 @@ def case_a_gradient_copied_before_it_is_computed_shows() -> None:
 
 
 def case_a_pass_whose_end_is_not_waited_for_shows() -> None:
-    finish = in_backward.StepInBackward.finish
+    finish = in_backward.StepInBackward._finish
 
-    def late(self: in_backward.StepInBackward) -> None:
+    def late(self: in_backward.StepInBackward, flow: updating.Flow) -> None:
         with mock.patch.object(updating.Flow, "finish", return_value=None):
-            finish(self)
+            finish(self, flow)
 
-    assert stale(mock.patch.object(in_backward.StepInBackward, "finish", late))
+    assert stale(mock.patch.object(in_backward.StepInBackward, "_finish", late))
 
 
 # ---------------------------------------------------------------- memory
@@ -286,3 +310,18 @@ def case_dtensors_are_taken_as_fsdp2_hands_them_over() -> None:
                 alone.zero_grad()
         for param, here in zip(params, params_of(alone), strict=True):
             assert_same_bits(param.detach()._local_tensor.cpu(), here.detach())  # type: ignore[attr-defined]
+
+
+def case_gradients_of_dtensors_that_have_a_graph_stay() -> None:
+    with one_rank() as mesh:
+        for way in ("offload_gradients", "step_in_backward"):
+            param: Any = Parameter(DTensor.from_local(torch.full((8, 128), 0.5, device="sim"), mesh, [Shard(0)]))
+            opt = AdamW8bit([param], offload="cpu", offload_gradients=way == "offload_gradients")
+            if way == "step_in_backward":
+                step_in_backward(nn.ParameterList([param]), opt)
+            (param**3).sum().full_tensor().backward(create_graph=True)
+            grad: Any = param.grad
+            assert type(grad._local_tensor) is torch.Tensor, way
+            penalty: Any = torch.autograd.grad(grad.square().sum().full_tensor(), param)[0]
+            assert bool((penalty.full_tensor() == 2 * 3 * 0.5**2 * 6 * 0.5).all()), way
+            assert not opt.state
