@@ -140,7 +140,7 @@ class StepInBackward:
         self._partition: Partition | None = None
         self._pass = -1
         self._places: dict[int, tuple[int, int]] = {}
-        self._known: tuple[int, ...] = ()
+        self._placed: tuple[tuple[int, ...], list[int]] = ((), [])
         self._waiting: list[Task] = []
         self._waiting_bytes = 0
         self._failure: Exception | None = None
@@ -252,8 +252,9 @@ class StepInBackward:
             self._check_settings()
             optimizer = self._optimizer
             self._partition = optimizer._cut()
-            if not optimizer._known or optimizer._known is not self._known:
-                self._known = optimizer._known
+            placed = (optimizer._known, [len(group["params"]) for group in optimizer.param_groups])
+            if not optimizer._known or placed != self._placed:
+                self._placed = placed
                 self._places = {
                     id(param): (group_index, index)
                     for group_index, group in enumerate(optimizer.param_groups)
