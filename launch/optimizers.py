@@ -43,11 +43,11 @@ def _common(settings: OptimizerSettings) -> dict[str, Any]:
 
 def _of_ours(settings: OptimizerSettings) -> dict[str, Any]:
     """The keywords of this repository's optimizers."""
-    where = {"shard_group": "world" if settings.shard else None, "offload": "cpu" if settings.offload else None}
     return {
         **_common(settings),
         "seed": settings.seed,
-        **where,
+        "shard_group": "world" if settings.shard else None,
+        "offload": "cpu" if settings.offload else None,
         "offload_gradients": settings.offload_gradients,
     }
 

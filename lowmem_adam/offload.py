@@ -177,7 +177,8 @@ class Lane:
         self._turn = 0
 
     def begin(self) -> None:
-        """Start a step with the first buffer, so that every part has the same place in every step."""
+        """Start a step, with the first buffer, so that every part has the same place in every step."""
+        self.follow()
         self._turn = 0
 
     def follow(self) -> None:
@@ -227,15 +228,14 @@ class Offload:
         """A device's way to the host and back."""
         if device not in self._lanes:
             self._lanes[device] = Lane(device, self._pinned)
+            self._lanes[device].begin()
         return self._lanes[device]
 
     def fetch(self, parts: Sequence[Part]) -> Passage:
         """Start parts of one device's parameters, and their gradients, on their way to the host, as they will be when
-        the device has done what it was told to until now.
+        the device has done what it was told to until ``begin``, or the lane's last ``follow``.
         """
-        lane = self.lane(parts[0].param.device)
-        lane.follow()
-        return Passage(parts, lane)
+        return Passage(parts, self.lane(parts[0].param.device))
 
     def join(self) -> None:
         """Let devices wait for their parameters, before anything else reads them."""
