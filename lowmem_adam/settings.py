@@ -30,18 +30,15 @@ class Keywords(TypedDict, total=False):
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CHOICES: dict[str, tuple[object, ...]] = {
-    "moments": ("8bit", "32bit"),
+    "moments": ("8bit", "32bit", "bnb8bit"),
     "low_precision_update": ("nearest", "stochastic", "split", "fp32"),
     "master_bits": (32, 24),
     "nonfinite": ("skip", "error", "propagate"),
-    "backend": (None, "cpu", "reference"),
+    "backend": (None, "cpu", "reference", "bitsandbytes"),
     "maximize": (False, True),
 }
 
-LATER: dict[str, tuple[object, ...]] = {
-    "moments": ("bnb8bit",),
-    "backend": ("triton", "bitsandbytes"),
-}
+LATER: dict[str, tuple[object, ...]] = {"backend": ("triton",)}
 """Planned values that this version does not have; the error says so instead of calling them unknown."""
 
 ALL = (

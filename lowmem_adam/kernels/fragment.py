@@ -24,11 +24,28 @@ class CodedMoments(NamedTuple):
     block_span: Tensor
 
 
+class DynamicMoments(NamedTuple):
+    """Moments of a fragment in bitsandbytes' 8-bit format (``lowmem_adam.dynamic_map``), contiguous.
+
+    ``state1`` and ``state2``, uint8, are the codes of first and second moment, as many as the fragment has elements;
+    ``absmax1`` and ``absmax2``, float32, as many as it has blocks, which are of ``FLAT_BLOCK_SIZE``.
+    """
+
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor
+    absmax2: Tensor
+
+
 class FullMoments(NamedTuple):
     """fp32 moments of a fragment, contiguous, in the parameter's order."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+Moments = CodedMoments | DynamicMoments | FullMoments
+"""All kinds of moments; those of ``DynamicMoments`` have a layout of ``Layout.of(shape, FLAT)``."""
 
 
 class Fragment(NamedTuple):
@@ -47,7 +64,7 @@ class Fragment(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    moments: CodedMoments | FullMoments
+    moments: Moments
     layout: Layout
     first_block: int
     end_block: int
