@@ -162,7 +162,7 @@ class Adam8bit(GradientOptimizer):
             given = [params] if isinstance(params, Tensor) else params
             inputs.check_params(given, self.param_groups, group["moments"], where)
             for param in (entry[1] if isinstance(entry, tuple) else entry for entry in given):
-                kernels.choose(group["backend"], self._stepper.home_of(param))
+                kernels.choose(group["backend"], self._stepper.home_of(param), group, param.dtype)
                 if self._shard_group is not None and local.is_dtensor(param):
                     raise ValueError(
                         f"{where} has DTensors, which are sharded already, and shard_group is {self._shard_group!r}; "

@@ -98,6 +98,10 @@ class StepScalars:
     """Leave blocks with a non-finite gradient as they are, and count them."""
     step: int
     seed: int
+    lr: float
+    """As given, like the next two: for kernels that calculate in another order."""
+    plain_eps: float
+    decoupled_decay: float
 
     @classmethod
     def at_step(
@@ -132,6 +136,9 @@ class StepScalars:
             skip_nonfinite=nonfinite == "skip",
             step=step,
             seed=seed,
+            lr=lr,
+            plain_eps=eps,
+            decoupled_decay=weight_decay if decoupled else 0.0,
         )
 
 
