@@ -27,16 +27,17 @@ void fill_bins(int32_t (&bins)[kBins], const uint32_t *values, int count) {
     int nearest = 0;
     for (int32_t bin = 0; bin < kBins; ++bin) {
         const uint32_t upper = static_cast<uint32_t>(kLowestBin + bin) << 16;
-        uint32_t limit = 0xFFFF;  // the largest lower half with which this value is the nearest
+        uint32_t threshold = UINT32_MAX;  // the largest number that this value is the nearest to
         if (nearest + 1 < count) {
             const double middle = (static_cast<double>(float_of_bits(values[nearest])) +
                                    static_cast<double>(float_of_bits(values[nearest + 1]))) / 2;
-            uint32_t threshold = bits_of_float(static_cast<float>(middle));
+            threshold = bits_of_float(static_cast<float>(middle));
             if (static_cast<double>(float_of_bits(threshold)) > middle) --threshold;
-            if (threshold < upper + 0xFFFF) limit = threshold - upper;
         }
-        bins[bin] = static_cast<int32_t>(static_cast<uint32_t>(nearest) << 16 | (0xFFFF - limit));
-        if (limit < 0xFFFF) ++nearest;
+        const bool ends_here = threshold - upper <= 0xFFFF;
+        const uint32_t rest = ends_here ? 0xFFFF - (threshold - upper) : 0;
+        bins[bin] = static_cast<int32_t>(static_cast<uint32_t>(nearest) << 16 | rest);
+        nearest += ends_here;
     }
 }
 
