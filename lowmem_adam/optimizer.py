@@ -14,6 +14,7 @@ from lowmem_adam import agreement, inputs, kernels, local, master, resharding, s
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
+from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.offload import Offload, check_offload, check_offload_gradients
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -348,8 +349,9 @@ class Adam8bit(GradientOptimizer):
     def _warn_of(self, count: int, stacklevel: int) -> None:
         if count and not self._warned:
             self._warned = True
+            size = FLAT_BLOCK_SIZE if any(g["moments"] == FLAT for g in self.param_groups) else FORMAT.block_size
             warnings.warn(
-                f"non-finite gradients: {count} blocks of at most {FORMAT.block_size} elements kept their "
+                f"non-finite gradients: {count} blocks of at most {size} elements kept their "
                 'parameters and moments; stats()["skipped_blocks"] counts on, nonfinite="error" stops instead',
                 RuntimeWarning,
                 stacklevel=stacklevel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from fractions import Fraction
 from typing import Any
 
@@ -20,9 +21,12 @@ def bitsandbytes() -> Any:
 
 
 def nearest_by_fractions(value: float, signed: bool) -> int:
-    """The nearest of all 256 values, by exact arithmetic; of two the one closer to zero."""
-    values = [Fraction(entry) for entry in dynamic_map.dynamic_map(signed).tolist()]
-    return min(range(256), key=lambda code: (abs(values[code] - Fraction(value)), abs(values[code])))
+    """The nearest of all values, by exact arithmetic; of two the one closer to zero."""
+    values = dynamic_map.dynamic_map(signed).tolist()
+    above = bisect.bisect_left(values, value)
+    near = range(max(above - 1, 0), min(above + 1, 255) + 1)
+    distances = {code: abs(Fraction(values[code]) - Fraction(value)) for code in near}
+    return min(near, key=lambda code: (distances[code], abs(values[code])))
 
 
 def code_of(values: Tensor, signed: bool) -> Tensor:
@@ -121,3 +125,23 @@ def test_what_is_not_finite_does_not_spoil_its_block() -> None:
     codes, absmax = dynamic_map.encode(torch.full((1, 3), torch.nan), True)
     assert codes.tolist() == [[0, 0, 0]]
     assert absmax.tolist() == [0.0]
+
+
+def test_bitsandbytes_quantizer_on_the_cpu_is_exact_at_its_bins_alone() -> None:
+    """It takes values to 65,536 bins over [-1, 1] first: there its codes are the nearest, and only there for certain."""
+    quantize = bitsandbytes() and torch.ops.bitsandbytes.quantize_blockwise
+    bins = (torch.arange(65536) * (2 / 65535) - 1).float()
+    for signed in (True, False):
+        table = dynamic_map.dynamic_map(signed)
+        values = bins if signed else bins[32768:]
+        rows = torch.ones(-(-len(values) // 255), 256)  # the first of each block is 1
+        padded = torch.ones(len(rows) * 255)
+        padded[: len(values)] = values
+        rows[:, 1:] = padded.view(-1, 255)
+        theirs = quantize(rows.view(-1), table, 256)[0].view(rows.shape)
+        assert torch.equal(theirs, dynamic_map.encode(rows, signed)[0])
+        zero = torch.zeros(1, 256)
+        zero[0, 0] = 1.0
+        code = int(quantize(zero.view(-1), table, 256)[0][1])
+        assert float(table[code]) == pytest.approx(2.125e-5 if signed else 1.5625e-5)  # next to 1 / 65535
+        assert dynamic_map.encode(zero, signed)[0][0, 1] == dynamic_map.ZERO_CODE[signed]
