@@ -4,8 +4,8 @@ A coded moment is ``map[code] * absmax[block]``, where absmax is the largest mag
 moment are of the signed map, those of the second, which is held as it is and not as its root, of the unsigned one. The
 maps are constants and never part of a state.
 
-* **Nearest.** A value's code is that of the map's value nearest to ``fl(value / absmax)``, compared exactly; of two that
-  are equally near, the one closer to zero. -1 has no value of its own and becomes -0.993, as in bitsandbytes.
+* **Nearest.** A value's code is that of the map's value nearest to ``fl(value / absmax)``, compared exactly; of two
+  that are equally near, the one closer to zero. -1 has no value of its own and becomes -0.993, as in bitsandbytes.
 * **Zeros.** A block whose absmax is 0 has codes 0, as state has before its first step and as bitsandbytes' operator on
   the CPU writes it; 0 elsewhere is 127 in the signed map and 0 in the unsigned one. So a step with gradients of zero
   changes nothing in state that has had none.
@@ -59,7 +59,7 @@ def thresholds(signed: bool) -> Tensor:
 
 
 def scales_of(values: Tensor) -> Tensor:
-    """absmax of blocks, float32 ``(n_blocks, 1)``, of values float32 ``(n_blocks, width)``, padding zero."""
+    """Absmax of blocks, float32 ``(n_blocks, 1)``, of values float32 ``(n_blocks, width)``, padding zero."""
     magnitude = values.abs()
     return torch.where(magnitude < torch.inf, magnitude, 0.0).amax(dim=1, keepdim=True)
 
@@ -83,8 +83,12 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode(code: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """uint8 codes ``(n_blocks, width)`` and absmax ``(n_blocks,)`` to float32 moments: ``fl(map[code] * absmax)``."""
-    return dynamic_map(signed).to(code.device)[code.int()] * absmax[:, None]
+    """uint8 codes ``(n_blocks, width)`` and absmax ``(n_blocks,)`` to float32 moments: ``fl(map[code] * absmax)``.
+
+    Zero is 0.0 also where code 0 of the signed map, a negative value, stands for it: a step with -0.0 would give a
+    weight of -0.0 the other sign.
+    """
+    return (dynamic_map(signed).to(code.device)[code.int()] * absmax[:, None]).add_(0.0)
 
 
 def n_blocks(numel: int) -> int:

@@ -23,7 +23,7 @@ from tests.bnb_cases import (
     codes_by_bins,
     gradient,
 )
-from tests.cases import DTYPES, assert_same_bits, copied, everything, generator, make_params
+from tests.cases import DTYPES, assert_same_bits, copied, generator, make_params
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_gradient = pytest.mark.parametrize("kind", GRADIENTS)
@@ -33,7 +33,7 @@ UNIT = 2.0**-24
 
 
 def pair(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[torch.optim.Optimizer, AdamW8bit]:
-    """bitsandbytes' optimizer and ours, of the same parameters."""
+    """Bitsandbytes' optimizer and ours, of the same parameters."""
     theirs = bitsandbytes().optim.AdamW8bit(make_params(SHAPES, dtype), **SETTINGS)
     return theirs, AdamW8bit(make_params(SHAPES, dtype), **SETTINGS, **{**THEIRS, **changes})
 
@@ -56,7 +56,7 @@ def state_of(opt: torch.optim.Optimizer, index: int) -> dict[str, Tensor]:
 
 @every_gradient
 def test_codes_of_one_step_from_the_same_state(kind: str) -> None:
-    """bitsandbytes' codes are those of its bins, exactly; ours the nearest; they part only where a bin explains it."""
+    """Bitsandbytes' codes are those of its bins, exactly; ours the nearest; they part only where a bin explains it."""
     theirs, ours = pair()
     for number in range(3):
         step(theirs, kind, number)
@@ -127,7 +127,7 @@ def test_bins_move_no_value_by_more_than_half_of_one() -> None:
 
 @pytest.fixture
 def _exact_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes' own fallback for other dtypes, which compares with all values of the map, in its optimizer too."""
+    """Bitsandbytes' own fallback for other dtypes, which compares with all values of the map, in its optimizer too."""
     ops = bitsandbytes() and pytest.importorskip("bitsandbytes.backends.cpu.ops")
 
     def quantize(values: Tensor, code: Tensor, absmax: Tensor, out: Tensor, blocksize: int) -> None:

@@ -233,7 +233,9 @@ def test_one_bit_of_one_code_shows(name: str) -> None:
     case = one_step(weight, torch.zeros_like(weight), moments)
     spoiled = moments._replace(**{name: moments._asdict()[name].clone()})
     held = spoiled._asdict()[name].view(-1)
-    held[3 if held.is_floating_point() else 5].view(torch.int32 if held.is_floating_point() else held.dtype).bitwise_xor_(2)
+    held[3 if held.is_floating_point() else 5].view(
+        torch.int32 if held.is_floating_point() else held.dtype
+    ).bitwise_xor_(2)
     changed = case._replace(start=case.start._replace(moments=spoiled))
     assert not differences(play(case), play(case, native()))
     assert differences(play(case), play(changed, native()))

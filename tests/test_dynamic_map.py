@@ -40,9 +40,7 @@ def code_of(values: Tensor, signed: bool) -> Tensor:
 
 @both_maps
 def test_maps_are_bitsandbytes_own(signed: bool) -> None:
-    assert torch.equal(
-        dynamic_map.dynamic_map(signed), bitsandbytes().functional.create_dynamic_map(signed=signed)
-    )
+    assert torch.equal(dynamic_map.dynamic_map(signed), bitsandbytes().functional.create_dynamic_map(signed=signed))
 
 
 @both_maps
@@ -128,7 +126,7 @@ def test_what_is_not_finite_does_not_spoil_its_block() -> None:
 
 
 def test_bitsandbytes_quantizer_on_the_cpu_is_exact_at_its_bins_alone() -> None:
-    """It takes values to 65,536 bins over [-1, 1] first: there its codes are the nearest, and only there for certain."""
+    """It takes values to 65,536 bins over [-1, 1] first: only there its codes are the nearest for certain."""
     quantize = bitsandbytes() and torch.ops.bitsandbytes.quantize_blockwise
     bins = (torch.arange(65536) * (2 / 65535) - 1).float()
     for signed in (True, False):

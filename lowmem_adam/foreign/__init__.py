@@ -61,9 +61,9 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     ``groups``. Moments of parameters that keep codes are coded to nearest, the others become fp32, both in row-major
     order, on the device where they are. What groups keep of the weights begins with the parameters: it is zero.
 
-    Groups with ``moments="bnb8bit"`` take bitsandbytes' 8-bit state byte for byte, and each parameter goes on as it was:
-    in 8 bits or, where it was overridden and others are in 8 bits, in fp32. State that is all in fp32 is coded. For
-    other settings ``split_overrides`` brings overridden parameters into groups of their own.
+    Groups with ``moments="bnb8bit"`` take bitsandbytes' 8-bit state byte for byte, and each parameter goes on as it
+    was: in 8 bits or, where it was overridden and others are in 8 bits, in fp32. State that is all in fp32 is coded.
+    For other settings ``split_overrides`` brings overridden parameters into groups of their own.
 
     Args:
         state_dict: as their ``state_dict()`` returns it, unsharded.
@@ -117,9 +117,9 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
 
     ``"bitsandbytes"``: the nested form, which bitsandbytes reads from 0.49.2 on, for its Adam and AdamW classes alike,
     since they take the same step. Each parameter is in 8 bits as ``AdamW8bit`` has it, nearest values of the dynamic
-    map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. State under
-    ``moments="bnb8bit"`` leaves byte for byte. Its map
-    has no positive value below 3.25e-7 of a block's largest v: less than half of that becomes 0.
+    map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. State
+    under ``moments="bnb8bit"`` leaves byte for byte. Its map has no positive value below 3.25e-7 of a block's largest v: less than
+    half of that becomes 0.
 
     Args:
         state_dict: ours, whole.

@@ -1,9 +1,10 @@
 """State of bitsandbytes' ``Adam`` and ``AdamW``: fp32 moments, or 8-bit codes of a dynamic map by blocks of 256.
 
-A coded moment is ``qmap[code] * absmax[block]`` (``lowmem_adam.dynamic_map``), where blocks count the elements in the order
-in which the step ran over them. For state that is not row-major that is the logical order on the CPU, but the order in memory on
-accelerators, where the parameter was made contiguous and its state was not. Codes tell, since each block's largest has
-the last code. 32-bit state does not: it is taken as of the device where it lies, so load it where it was made.
+A coded moment is ``qmap[code] * absmax[block]`` (``lowmem_adam.dynamic_map``), where blocks count the elements in the
+order in which the step ran over them. For state that is not row-major that is the logical order on the CPU, but the
+order in memory on accelerators, where the parameter was made contiguous and its state was not. Codes tell, since each
+block's largest has the last code. 32-bit state does not: it is taken as of the device where it lies, so load it where
+it was made.
 
 All of its Adam classes decouple weight decay, and read one another's state.
 
@@ -94,8 +95,8 @@ def _read_state(given: Mapping[str, Any], shape: Sequence[int], label: str) -> S
         for key, table, signed in zip(("qmap1", "qmap2"), maps, (True, False), strict=True):
             if not torch.equal(table.cpu(), dynamic_map.dynamic_map(signed)):
                 raise ValueError(
-                    f"{label}: {key} is not the dynamic map that bitsandbytes makes; accepted under moments={FLAT!r}: that "
-                    "map (other settings of moments take the state with any)"
+                    f"{label}: {key} is not the dynamic map that bitsandbytes makes; accepted under "
+                    f"moments={FLAT!r}: that map (other settings of moments take the state with any)"
                 )
         return DynamicMoments(*(code.reshape(shape) for code in codes), *scales)
 
@@ -124,8 +125,8 @@ def _block_count(state: Mapping[str, Any], numel: int, label: str) -> int:
         found = state[key]
         if isinstance(found, Tensor) and found.ndim == 1 and len(found) != blocks:
             raise ValueError(
-                f"{label}: {key} has {len(found)} blocks for {numel} elements; accepted: {blocks}, blocks of {FLAT_BLOCK_SIZE} "
-                "as bitsandbytes has made them since 0.44"
+                f"{label}: {key} has {len(found)} blocks for {numel} elements; accepted: {blocks}, blocks of "
+                f"{FLAT_BLOCK_SIZE} as bitsandbytes has made them since 0.44"
             )
     return blocks
 

@@ -1,7 +1,7 @@
 """bitsandbytes' choices for single parameters, as param groups: ``GlobalOptimManager`` and what its checkpoints show.
 
-There an override changes a parameter's settings, ``optim_bits`` above all, whatever group it is in. Here settings are of
-groups, so a group with overridden parameters becomes several.
+There an override changes a parameter's settings, ``optim_bits`` above all, whatever group it is in. Here settings are
+of groups, so a group with overridden parameters becomes several.
 
 Source: bitsandbytes 0.50.2, ``optim/optimizer.py``: ``get_config``, ``check_overrides``, ``init_state``.
 """
@@ -74,7 +74,7 @@ def split_overrides(
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    entries = [params] if isinstance(params, Tensor) else list(params)
+    entries: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not entries or not isinstance(entries[0], Mapping):
         entries = [{"params": entries}]
     return [{**group, "params": _as_list(group["params"])} for group in entries]

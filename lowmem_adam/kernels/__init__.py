@@ -22,7 +22,11 @@ from lowmem_adam.layout import FLAT
 
 Backend = Callable[[Sequence[Work]], Tensor | int]
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu.adam_step_, "reference": reference.adam_steps_, "bitsandbytes": bitsandbytes.adam_steps_}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu.adam_step_,
+    "reference": reference.adam_steps_,
+    "bitsandbytes": bitsandbytes.adam_steps_,
+}
 
 
 def choose(
@@ -66,8 +70,8 @@ def of_gradient(chosen: str, backend: str | None, param: Tensor, grad: Tensor, l
         return chosen
     if backend is not None:
         raise ValueError(
-            f"{label}: its gradient has dtype {grad.dtype} and backend is {backend!r}; accepted: {param.dtype}, like its "
-            'parameter, or backend="reference"'
+            f"{label}: its gradient has dtype {grad.dtype} and backend is {backend!r}; accepted: {param.dtype}, like "
+            'its parameter, or backend="reference"'
         )
     return "reference"
 

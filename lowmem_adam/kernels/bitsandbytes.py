@@ -46,7 +46,7 @@ def _problem() -> str | None:
 def _refusal(group: Mapping[str, Any] | None, dtype: torch.dtype) -> str | None:
     """What of a group's settings the operators cannot do, and what is accepted instead; None for nothing."""
     if group is None or group["moments"] != FLAT:
-        return f'moments is {"8bit" if group is None else group["moments"]!r}; accepted: {FLAT!r}'
+        return f"moments is {'8bit' if group is None else group['moments']!r}; accepted: {FLAT!r}"
     if group["nonfinite"] == "skip":
         return "nonfinite is 'skip'; accepted: 'error' and 'propagate'"
     if group["weight_decay"] and not group["decoupled_weight_decay"]:

@@ -34,12 +34,16 @@ ISAS = ("scalar", "avx2", "avx512", "neon")
 _BEST = -1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASTER_KINDS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
-_BLOCK_SIZES = (BLOCK_SIZE, FLAT_BLOCK_SIZE)
+_BLOCK_SIZES = {
+    "CodedMoments": (BLOCK_SIZE,),
+    "DynamicMoments": (FLAT_BLOCK_SIZE,),
+    "FullMoments": (BLOCK_SIZE, FLAT_BLOCK_SIZE),
+}
 _FORKED = 6
 _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 5: "number of threads"}
 
-# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span, absmax1, absmax2; master and its kind;
-# rows, cols, block_size, first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
+# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span, absmax1, absmax2; master and its
+# kind; rows, cols, block_size, first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQQQ Qq qqqqqq")
 # Nine float32, as such or by their bits, two flags, seed and step: struct lowmem_adam_scalars.
 _SCALARS = struct.Struct("9f ii II")
@@ -379,7 +383,7 @@ def _check(fragment: Fragment) -> None:
         )
     else:
         held = (("exp_avg", torch.float32, numel), ("exp_avg_sq", torch.float32, numel))
-    sizes = {CodedMoments: (BLOCK_SIZE,), DynamicMoments: (FLAT_BLOCK_SIZE,)}.get(type(moments), _BLOCK_SIZES)
+    sizes = _BLOCK_SIZES[type(moments).__name__]
     if layout.block_size not in sizes:
         raise ValueError(
             f"layout has blocks of {layout.block_size} elements for {type(moments).__name__}; accepted: "

@@ -90,6 +90,7 @@ LOWMEM_ADAM_INLINE void step_dynamic_moments(const Hyper<V> &h, const BlockData<
     for (int i = 0; i < block.count; i += 4 * V::kLanes) {
         Quad<V> weight, grad, root;
         Quad<V> exp_avg = decode_dynamic<V>(codes1 + i, lowmem_adam_dynamic_tables.values[1], absmax1);
+        four(EACH { exp_avg.v[u] = V::add(exp_avg.v[u], V::set(0.0f)); });  // there is no -0.0
         Quad<V> exp_avg_sq = decode_dynamic<V>(codes2 + i, lowmem_adam_dynamic_tables.values[0], absmax2);
         if (path != Path::plain && h.decays_gradient) {
             weight = load_weight<V, rounding>(P{}, block.param, block.master, i);
