@@ -59,7 +59,7 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def place_of(param: Tensor, moments: str = "8bit") -> Place:
-    """Which blocks of a parameter this process has under a ``moments`` setting, of which DTensors take those by rows."""
+    """Which blocks of a parameter this process has under a ``moments`` setting; those of a DTensor keep to rows."""
     if not is_dtensor(param):
         layout = Layout.of(param.shape, moments)
         return Place(layout, (0, layout.n_blocks), tuple(param.shape))
@@ -91,8 +91,8 @@ def check_dtensor(param: Any, moments: str, label: str) -> None:
     """
     if moments == FLAT:
         raise ValueError(
-            f"{label} is a DTensor and moments is {moments!r}, whose blocks do not keep to rows; accepted for DTensors: "
-            'moments="8bit" and moments="32bit"'
+            f"{label} is a DTensor and moments is {moments!r}, whose blocks do not keep to rows; accepted for "
+            'DTensors: moments="8bit" and moments="32bit"'
         )
     placements = tuple(param.placements)
     for placement in placements:

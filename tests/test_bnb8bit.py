@@ -271,7 +271,7 @@ def test_backend_bitsandbytes_refuses_what_it_cannot_do(
 
 
 def test_backend_bitsandbytes_refuses_l2_decay() -> None:
-    with pytest.raises(ValueError, match="weight_decay is 0.1 as L2; accepted: 0, or AdamW8bit"):
+    with pytest.raises(ValueError, match=r"weight_decay is 0\.1 as L2; accepted: 0, or AdamW8bit"):
         Adam8bit([Parameter(torch.zeros(64, 64))], weight_decay=0.1, backend="bitsandbytes", **THEIRS)
 
 
@@ -299,7 +299,7 @@ def test_backend_bitsandbytes_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     backend._problem.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="bitsandbytes cannot be imported .* accepted: backend="):
+        with pytest.raises(RuntimeError, match=r"bitsandbytes cannot be imported .* accepted: backend="):
             AdamW8bit([Parameter(torch.zeros(64, 64))], backend="bitsandbytes", **THEIRS)
         assert not backend.can_step({**THEIRS, "weight_decay": 0.0}, torch.float32)
     finally:

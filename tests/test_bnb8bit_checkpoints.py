@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes under ``moments="bnb8bit"``: in and out byte for byte, choices for single parameters too."""
+"""Checkpoints of bitsandbytes under ``moments="bnb8bit"``: in and out byte for byte, and its overrides of parameters."""
 
 from __future__ import annotations
 

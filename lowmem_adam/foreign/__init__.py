@@ -118,8 +118,8 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
     ``"bitsandbytes"``: the nested form, which bitsandbytes reads from 0.49.2 on, for its Adam and AdamW classes alike,
     since they take the same step. Each parameter is in 8 bits as ``AdamW8bit`` has it, nearest values of the dynamic
     map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. State
-    under ``moments="bnb8bit"`` leaves byte for byte. Its map has no positive value below 3.25e-7 of a block's largest v: less than
-    half of that becomes 0.
+    under ``moments="bnb8bit"`` leaves byte for byte. Its map has no positive value below 3.25e-7 of a block's largest
+    v: less than half of that becomes 0.
 
     Args:
         state_dict: ours, whole.
