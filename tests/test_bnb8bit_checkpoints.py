@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes under ``moments="bnb8bit"``: in and out byte for byte, and its overrides of parameters."""
+"""Checkpoints of bitsandbytes under ``moments="bnb8bit"``: in and out byte for byte, and its choices for parameters."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ inline void copy_out(const lowmem_adam_tensor &to, const T *from, int64_t start,
     }
 }
 
-// How moments are held, and in blocks of how many elements. What codes are padded with stands for 0.
+// How moments are held, and in blocks of at most how many elements. What codes are padded with stands for 0.
 struct CodedKind {
     using First = int8_t;
     using Second = uint8_t;
@@ -75,11 +75,10 @@ struct DynamicKind {
     using Second = uint8_t;
     static constexpr int kSize = kFlatBlockSize, kPadding = kSignedZero;
 };
-template <int size>
 struct FullKind {
     using First = float;
     using Second = float;
-    static constexpr int kSize = size, kPadding = 0;
+    static constexpr int kSize = kFlatBlockSize, kPadding = 0;
 };
 
 // Room for one block: short ones, and those of tensors that are not contiguous, are stepped here.
@@ -99,15 +98,15 @@ class BlockLoop {
     using M2 = typename Kind::Second;
     static constexpr bool kCoded = std::is_same<Kind, CodedKind>::value;
     static constexpr bool kDynamic = std::is_same<Kind, DynamicKind>::value;
-    static constexpr int kSize = Kind::kSize;
+    static constexpr bool kFull = std::is_same<Kind, FullKind>::value;
     static constexpr int kQuad = 4 * V::kLanes;
 
    public:
     BlockLoop(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s)
         : f_(f), s_(s), h_(s), scale_(s.grad_scale < 0 ? -s.grad_scale : s.grad_scale),
           careful_(s.eps < kSmallestNormal),
-          direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + kSize - 1) / kSize),
-          origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * kSize) {}
+          direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + size() - 1) / size()),
+          origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * size()) {}
 
     int64_t run(int64_t first, int64_t end) {
         if (careful_) {
@@ -124,9 +123,12 @@ class BlockLoop {
     using Block = BlockData<P, G, rounding>;
     using Rest = typename Master<rounding>::Stored;
 
+    // Elements of a block: of coded ones a constant.
+    LOWMEM_ADAM_INLINE int size() const { return kFull ? static_cast<int>(f_.block_size) : Kind::kSize; }
+
     Block block_at(int64_t b, int64_t start) const {
         Block block;
-        block.count = kSize;
+        block.count = size();
         block.param = static_cast<typename P::Stored *>(f_.param.data) + start;
         block.grad = static_cast<const typename G::Stored *>(f_.grad.data) + start;
         block.exp_avg = static_cast<M1 *>(f_.exp_avg) + start;
@@ -143,7 +145,7 @@ class BlockLoop {
     // blocks, where the processor's own prefetch stops. In 16 bits there is time enough, and instructions count.
     static LOWMEM_ADAM_INLINE void fetch_ahead(const Block &block) {
         constexpr int kAhead = 6 * kBlockSize, kLine = 64 / sizeof(float);
-        for (int i = kAhead; i < kAhead + kSize; i += kLine) {
+        for (int i = kAhead; i < kAhead + Kind::kSize; i += kLine) {
             __builtin_prefetch(block.param + i, 1);
             __builtin_prefetch(block.grad + i);
         }
@@ -151,18 +153,18 @@ class BlockLoop {
 
     template <Path path>
     LOWMEM_ADAM_INLINE void run_on(int64_t first, int64_t end) {
-        int64_t row = first / per_row_, within = first % per_row_ * kSize;
+        int64_t row = first / per_row_, within = first % per_row_ * size();
         for (int64_t b = first; b < end; ++b) {
             const int64_t start = row * f_.cols + within - origin_;
             const int64_t left = f_.cols - within;
-            if (direct_ && left >= kSize) {
+            if (direct_ && left >= size()) {
                 const Block block = block_at(b, start);
                 if ((kCoded || kDynamic) && sizeof(*block.param) == sizeof(float)) fetch_ahead(block);
                 step<path>(block, b);
             } else {
-                step_staged<path>(b, start, static_cast<int>(left < kSize ? left : kSize));
+                step_staged<path>(b, start, static_cast<int>(left < size() ? left : size()));
             }
-            within += kSize;
+            within += size();
             if (within >= f_.cols) {
                 within = 0;
                 ++row;
@@ -270,8 +272,7 @@ template <class V, class P, class G, Rounding rounding>
 int64_t with_moments(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
     if (f.block_floor) return BlockLoop<V, P, G, CodedKind, rounding>(f, s).run(first, end);
     if (f.absmax1) return BlockLoop<V, P, G, DynamicKind, rounding>(f, s).run(first, end);
-    if (f.block_size == kBlockSize) return BlockLoop<V, P, G, FullKind<kBlockSize>, rounding>(f, s).run(first, end);
-    return BlockLoop<V, P, G, FullKind<kFlatBlockSize>, rounding>(f, s).run(first, end);
+    return BlockLoop<V, P, G, FullKind, rounding>(f, s).run(first, end);
 }
 
 template <class V, class P, class G>

@@ -120,8 +120,8 @@ LOWMEM_ADAM_INLINE void step_dynamic_weight(const Hyper<V> &h, typename P::Store
 
 // False where a moment is not finite: then nothing of the block has changed, and it has to be stepped with care.
 template <class V, class P, class G, Path path, Rounding rounding>
-LOWMEM_ADAM_INLINE bool dynamic_block(const Hyper<V> &h, const BlockData<P, G, rounding> block,
-                                      const BlockDither dither) {
+__attribute__((noinline)) bool dynamic_block(const Hyper<V> &h, const BlockData<P, G, rounding> block,
+                                             const BlockDither dither) {
     Stepped stepped;
     uint32_t largest1, largest2;
     step_dynamic_moments<V, P, G, path, rounding>(h, block, stepped, largest1, largest2);
@@ -151,8 +151,8 @@ float largest_finite(const float *values, int count) {
 
 // Whatever there is: a denominator of zero, moments that are not finite.
 template <class V, class P, class G, Rounding rounding>
-void careful_dynamic_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, const BlockDither &dither) {
-    Stepped stepped;
+__attribute__((noinline)) void careful_dynamic_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, const BlockDither &dither) {
+    Stepped stepped = {};
     uint32_t largest1, largest2;
     step_dynamic_moments<V, P, G, Path::careful, rounding>(h, block, stepped, largest1, largest2);
     for (int i = 0; i < block.count; i += 4 * V::kLanes) {
