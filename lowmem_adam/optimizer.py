@@ -54,19 +54,22 @@ class Adam8bit(GradientOptimizer):
         eps: added to the denominator.
         weight_decay: L2 coefficient, added to the gradient.
         maximize: ascend instead of descend.
-        moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code.
+        moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code, or ``"bnb8bit"`` for
+            bitsandbytes' format (``lowmem_adam.dynamic_map``), in which its checkpoints go on byte for byte: of all
+            tensors of at least 4,096 elements, in blocks of 256, not of DTensors.
         low_precision_update: how bfloat16 and float16 parameters take updates smaller than their rounding step.
             ``"stochastic"`` lets them add up on average, ``"nearest"`` loses them. With more memory they are kept:
             ``"split"`` keeps beside the parameter what it cannot hold of a float32 weight, in 16 bits an element or in
             8, ``"fp32"`` keeps the whole weight. float32 parameters are stepped alike in all of them.
         master_bits: of the weight that ``"split"`` keeps, 32 or 24, parameter included.
-        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
+        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements (256 with ``"bnb8bit"``) keeps
             parameter and moments and is counted in ``stats()``, while the step number counts on; ``"error"``: an
             error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
             first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then, or
-            ``"reference"``. All give the same bits. It is the machine's: a load does not change it.
+            ``"reference"``. All give the same bits. ``"bitsandbytes"`` is its own operator for ``"bnb8bit"``, which
+            does not. It is the machine's: a load does not change it.
         shard_group: the ranks that share the moments, each of them keeping its part (ZeRO-1): ``"world"`` for the
             default process group, a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for all moments on
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
