@@ -62,10 +62,10 @@ class Adam8bit(GradientOptimizer):
             ``"split"`` keeps beside the parameter what it cannot hold of a float32 weight, in 16 bits an element or in
             8, ``"fp32"`` keeps the whole weight. float32 parameters are stepped alike in all of them.
         master_bits: of the weight that ``"split"`` keeps, 32 or 24, parameter included.
-        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements (256 with ``"bnb8bit"``) keeps
-            parameter and moments and is counted in ``stats()``, while the step number counts on; ``"error"``: an
-            error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
-            first moment is reset to zero).
+        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements (256
+            with ``"bnb8bit"``) keeps parameter and moments and is counted in ``stats()``, while the step number counts
+            on; ``"error"``: an error before anything changes; ``"propagate"``: as in torch, the parameter's element
+            becomes NaN (its 8-bit first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then, or
             ``"reference"``. All give the same bits. ``"bitsandbytes"`` is its own operator for ``"bnb8bit"``, which

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("rich", reason="the benchmark prints tables")
 pytest.importorskip("typer", reason="the benchmark has a command line")
 
-from benchmarks.bench_bnb8bit import DTYPES, FUSED, OURS, contestants, measure, missing, verdicts
-from benchmarks.host_contestants import displacement
-from benchmarks.step_contestants import BITSANDBYTES
+from benchmarks.bench_bnb8bit import DTYPES, OURS, contestants, measure, verdicts
+from benchmarks.host_contestants import displacement, missing
+from benchmarks.step_contestants import BITSANDBYTES, FUSED
 from benchmarks.step_timing import Plan
 
 
