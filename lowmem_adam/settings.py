@@ -73,7 +73,7 @@ INSTEAD: dict[str, str] = {
     "adamw_mode": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
     "bias_correction": "drop it: moments are always bias-corrected",
     "optim_bits": 'moments="8bit" or moments="32bit"',
-    "block_wise": "drop it: moments are always stored by blocks",
+    "block_wise": "drop it: moments are always stored by blocks, of 128 or 256 elements",
     "block_size": 'drop it: blocks have 128 elements, 256 with moments="bnb8bit"',
     "min_8bit_size": 'put parameters into a group with moments="32bit" to keep them in fp32',
     "percentile_clipping": "clip with this optimizer's clip_grad_norm_",
