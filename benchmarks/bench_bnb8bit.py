@@ -83,12 +83,12 @@ def main(
     ratios = verdicts(data["rows"])
     data |= {"quick": quick, "threads": torch.get_num_threads(), "native": native(), "target": TARGET}
     header = ["dtype", "optimizer", "ns/parameter", "5%", "95%", "1 / ratio, of medians", "1 / median of rounds"]
-    header += ["state bytes", "error", "allowed"]
+    header += ["error", "allowed"]
     cells: list[list[harness.Cell]] = [
         [
             *(row[key] for key in ("dtype", "name", "ns", "p5", "p95")),
             *(1 / row[key] for key in ("ratio", "ratio_of_rounds")),
-            *(row[key] for key in ("state_bytes", "error", "allowed")),
+            *(row[key] for key in ("error", "allowed")),
         ]
         for row in data["rows"]
     ]
