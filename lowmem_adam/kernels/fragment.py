@@ -55,6 +55,17 @@ class Fragment(NamedTuple):
     master: Tensor | None = None
 
 
+def power(base: float, exponent: int) -> float:
+    """A whole power by squaring: the same bits wherever doubles are multiplied, which no library's ``pow`` promises."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class StepScalars:
     """Hyperparameters of one step of one parameter, bias corrections included.
@@ -100,7 +111,7 @@ class StepScalars:
     ) -> StepScalars:
         """The record of step number ``step`` (the first is 1) from a param group's settings."""
         beta1, beta2 = betas
-        root_correction = math.sqrt(1.0 - beta2**step)
+        root_correction = math.sqrt(1.0 - power(beta2, step))
         return cls(
             beta1=beta1,
             beta2=beta2,
@@ -108,7 +119,7 @@ class StepScalars:
             # What float32 rounds to zero is no decay, also of an infinite weight.
             weight_decay=0.0 if decoupled or weight_decay <= 2.0**-150 else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
-            step_size=lr * root_correction / (1.0 - beta1**step),
+            step_size=lr * root_correction / (1.0 - power(beta1, step)),
             grad_scale=grad_scale,
             maximize=maximize,
             stochastic=low_precision_update == "stochastic",
@@ -116,6 +127,36 @@ class StepScalars:
             step=step,
             seed=seed,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """Settings of a param group whose steps are counted on its device, as a CUDA graph needs it (``capturable``).
+
+    What is a tensor there is read by the kernel, at each replay anew.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    stochastic: bool
+    skip_nonfinite: bool
+    seed: int
+    grad_scale: float | Tensor
+    """Factor of the gradient."""
+    found_inf: Tensor | None
+    """Where it is not 0, nothing is stepped and no step counted."""
+
+
+class DeviceStep(NamedTuple):
+    """A step of which the number is on the device: ``StepScalars`` that a kernel computes, to the same bits."""
+
+    step: Tensor
+    """int64 scalar, the number of steps taken; the kernel counts."""
+    settings: DeviceSettings
 
 
 Work = tuple[Fragment, StepScalars]
