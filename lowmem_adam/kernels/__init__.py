@@ -10,16 +10,20 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_adam.kernels import cpu, reference
-from lowmem_adam.kernels.fragment import Work
+from lowmem_adam.kernels import cpu, reference, triton
 
-Backend = Callable[[Sequence[Work]], Tensor | int]
+Backend = Callable[[Sequence[Any]], Tensor | int]
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu.adam_step_, "reference": reference.adam_steps_}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu.adam_step_,
+    "triton": triton.adam_step_,
+    "reference": reference.adam_steps_,
+}
 
 
 def choose(backend: str | None, device: torch.device) -> str:
@@ -27,15 +31,34 @@ def choose(backend: str | None, device: torch.device) -> str:
 
     Raises:
         LibraryError: ``"cpu"``, and the native library cannot be loaded.
-        ValueError: ``"cpu"`` for parameters elsewhere.
+        TritonError: ``"triton"``, and it is not installed.
+        ValueError: ``"cpu"`` or ``"triton"`` for parameters elsewhere.
     """
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f'backend is "cpu" for a parameter on {device}; accepted: parameters on the CPU')
         cpu.load()
+    if backend == "triton":
+        triton.check_available(device)
     if backend is not None:
         return backend
+    if device.type == "cuda" and _triton_or_warning():
+        return "triton"
     return "cpu" if device.type == "cpu" and _native_or_warning() else "reference"
+
+
+@functools.cache
+def _triton_or_warning() -> bool:
+    """Whether Triton is installed; where it is not, one warning says what that costs."""
+    if triton.available(torch.device("cuda")):
+        return True
+    warnings.warn(
+        "Triton is not installed; steps on CUDA devices take the reference backend, which is many times slower and "
+        "needs more memory. It comes with torch for CUDA and ROCm on Linux; on Windows it is the package triton-windows.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 Here is what the host does for it. Fragments are sorted by kind and described in tables, which are sent once and hold
 until something changes; a step sends the addresses of gradients and the hyperparameters, in one copy. The kernels are in
-``triton_step``, which is imported with the first step: a machine without Triton needs it not.
+``gpu.step``, which is imported with the first step: a machine without Triton needs it not.
 
 Where steps are counted on the device (``DeviceStep``), a kernel makes the hyperparameters of a step, and in a CUDA graph
 kernels write down the addresses too, so that a replay steps on.
@@ -26,7 +26,17 @@ from torch import Tensor
 
 from lowmem_adam.codec import mix32
 from lowmem_adam.kernels import cpu, reference
-from lowmem_adam.kernels.fragment import CodedMoments, DeviceSettings, DeviceStep, Fragment, StepScalars, Work
+from lowmem_adam.kernels.fragment import (
+    AnyWork,
+    CodedMoments,
+    DeviceRates,
+    DeviceSettings,
+    DeviceStep,
+    DeviceWork,
+    Fragment,
+    StepScalars,
+    Work,
+)
 from lowmem_adam.kernels.records import pack
 from lowmem_adam.layout import BLOCK_SIZE
 
@@ -65,23 +75,23 @@ def check_available(device: torch.device) -> None:
 
 @functools.cache
 def _step_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.triton_step")
+    return importlib.import_module("lowmem_adam.kernels.gpu.step")
 
 
 @functools.cache
 def _record_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.triton_records")
+    return importlib.import_module("lowmem_adam.kernels.gpu.records")
 
 
 @functools.cache
 def _weight_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.triton_weights")
+    return importlib.import_module("lowmem_adam.kernels.gpu.weights")
 
 
 # ---------------------------------------------------------------- the step
 
 
-def adam_step_(work: Sequence[Work]) -> Tensor:
+def adam_step_(work: Sequence[AnyWork]) -> Tensor:
     """One Adam step on many fragments, in place, as ``reference.adam_step_`` to the last bit.
 
     Args:
@@ -114,7 +124,7 @@ def adam_step_(work: Sequence[Work]) -> Tensor:
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference does twice
             )
         for place in plan.left_over:
-            skipped += reference.adam_step_(*work[place])
+            skipped += reference.adam_step_(*cast("Work", work[place]))
     return skipped
 
 
@@ -127,7 +137,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _plan_of(work: Sequence[Work], device: torch.device) -> Plan:
+def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
     """From the first fragment's cache, if it has one and what it keeps is of these fragments."""
     cache = work[0][0].cache
     plan: Plan | None = None if cache is None else cache.get("triton")
@@ -155,6 +165,7 @@ class Kind(NamedTuple):
     master: int
     coded: bool
     layout: int
+    blocks: int
     decays_gradient: bool
     stochastic: bool
     skip_nonfinite: bool
@@ -187,21 +198,14 @@ class _Seen(NamedTuple):
 
 
 def _seen(grad: Tensor, scalars: StepScalars | DeviceStep) -> _Seen:
-    counter, settings = 0, None
-    flags: StepScalars | DeviceSettings
-    if isinstance(scalars, StepScalars):
-        flags, decays = scalars, scalars.weight_decay != 0.0
-    else:
-        flags = settings = scalars.settings
-        decays, counter = _l2_decay(flags) != 0.0, scalars.step.data_ptr()
     strides = None if grad.is_contiguous() else grad.stride()
-    aligned = grad.data_ptr() % _ALIGNMENT == 0
-    return _Seen(grad.dtype, strides, aligned, decays, flags.stochastic, flags.skip_nonfinite, settings, counter)
-
-
-def _l2_decay(settings: DeviceSettings) -> float:
-    """Of ``StepScalars.at_step``."""
-    return 0.0 if settings.decoupled or settings.weight_decay <= 2.0**-150 else settings.weight_decay
+    layout = (grad.dtype, strides, grad.data_ptr() % _ALIGNMENT == 0)
+    if isinstance(scalars, StepScalars):
+        s = scalars
+        return _Seen(*layout, s.weight_decay != 0.0, s.stochastic, s.skip_nonfinite, None, 0)
+    settings = scalars.settings
+    flags = (settings.l2_decay != 0.0, settings.stochastic, settings.skip_nonfinite)
+    return _Seen(*layout, *flags, settings, scalars.step.data_ptr())
 
 
 class Plan:
@@ -212,7 +216,7 @@ class Plan:
         device: of all fragments.
     """
 
-    def __init__(self, work: Sequence[Work], device: torch.device) -> None:
+    def __init__(self, work: Sequence[AnyWork], device: torch.device) -> None:
         self._caches = [fragment.cache for fragment, _ in work]
         self._seen = [_seen(fragment.grad, scalars) for fragment, scalars in work]
         self._device = device
@@ -232,7 +236,7 @@ class Plan:
         words = [word for row in rows for word in row.words]
         self.fragments = torch.tensor(words, dtype=torch.int64, device=device)
         """int64, flat, ``FRAGMENT_WORDS`` a row."""
-        self._recipes = _Recipes([seen.settings for seen in self._seen], self._seen, device) if self._counts() else None
+        self._recipes = _Recipes(cast("Sequence[DeviceWork]", work), device) if self._counts() else None
 
     def _counts(self) -> bool:
         counting = [seen.counter != 0 for seen in self._seen]
@@ -249,18 +253,17 @@ class Plan:
         launches = []
         for kind in dict.fromkeys(row.kind for row in rows):
             own = [(index, row.words) for index, row in enumerate(rows) if row.kind == kind]
-            total = 0
+            repeats: list[int] = []
             for _, words in own:
-                words[code.FIRST_PROGRAM] = total
-                total += -(-words[code.COUNT] // code.BLOCKS)
-            repeats = torch.tensor([-(-words[code.COUNT] // code.BLOCKS) for _, words in own])
-            programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(repeats)
+                words[code.FIRST_PROGRAM] = sum(repeats)
+                repeats.append(-(-words[code.COUNT] // kind.blocks))
+            programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(torch.tensor(repeats))
             launches.append((kind, programs.to(self._device)))
         return launches
 
-    def fits(self, work: Sequence[Work]) -> bool:
+    def fits(self, work: Sequence[AnyWork]) -> bool:
         """Whether it describes these fragments."""
-        if len(work) != len(self._seen):
+        if len(work) != len(self._seen) or (self._recipes is not None and not self._recipes.fit(work)):
             return False
         for (fragment, scalars), cache, seen in zip(work, self._caches, self._seen, strict=True):
             if cache is None or fragment.cache is not cache or _seen(fragment.grad, scalars) != seen:
@@ -269,20 +272,20 @@ class Plan:
 
     # ------------------------------------------------------------ what changes
 
-    def tables(self, work: Sequence[Work]) -> tuple[Tensor, Tensor, Tensor]:
+    def tables(self, work: Sequence[AnyWork]) -> tuple[Tensor, Tensor, Tensor]:
         """A counter that is zero, the table of gradients, and records; all on the device."""
         addresses = [fragment.grad.data_ptr() for fragment, _ in work]
         gradients = [(addresses[place] + offset, place) for place, offset in self._gradients]
         if self._recipes is None:
             index_of: dict[int, int] = {}
             packed = bytearray()
-            for _, scalars in work:
+            for _, scalars in cast("Sequence[Work]", work):
                 if id(scalars) not in index_of:
                     index_of[id(scalars)] = len(index_of)
                     packed += pack(scalars) + _LIVE
             gradients = [(address, index_of[id(work[place][1])]) for address, place in gradients]
             return _sent(gradients, bytes(packed), self._device)
-        records = self._recipes.followed()
+        records = self._recipes.followed([scalars.rates for _, scalars in cast("Sequence[DeviceWork]", work)])
         if not _capturing(self._device):
             return (*_sent(gradients, b"", self._device)[:2], records)
         return torch.zeros((), dtype=torch.int64, device=self._device), _written(gradients, self._device), records
@@ -323,34 +326,47 @@ def _odd_and_large(number: int) -> int:
 class _Recipes:
     """What records are made of where the device counts the steps."""
 
-    def __init__(self, settings: Sequence[DeviceSettings | None], seen: Sequence[_Seen], device: torch.device) -> None:
-        code = _record_code()
-        groups: dict[DeviceSettings, int] = {}
-        recipes, places = [], []
-        for each, of_place in zip(cast("Sequence[DeviceSettings]", settings), seen, strict=True):
-            row = groups.setdefault(each, len(groups))
-            decoupled = each.weight_decay if each.decoupled else 0.0
-            recipes += [*each.betas, each.eps, _l2_decay(each), decoupled, -1.0 if each.maximize else 1.0]
-            places += [of_place.counter, row, mix32(each.seed)]
-        assert len(recipes) == code.RECIPE_WORDS * len(seen)
-        self._count = len(seen)
+    def __init__(self, work: Sequence[DeviceWork], device: torch.device) -> None:
+        row_of: dict[int, int] = {}
+        recipes: list[float] = []
+        places: list[int] = []
+        self._groups: list[int] = []
+        """Of every fragment: its row of rates."""
+        for _, (step, settings, rates) in work:
+            row = row_of.setdefault(id(rates), len(row_of))
+            decoupled = settings.weight_decay if settings.decoupled else 0.0
+            sign = -1.0 if settings.maximize else 1.0
+            recipes += [*settings.betas, settings.eps, settings.l2_decay, decoupled, sign]
+            places += [step.data_ptr(), row, mix32(settings.seed)]
+            self._groups.append(row)
         self._recipes = torch.tensor(recipes, dtype=torch.float64, device=device)
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
-        rates: list[list[float]] = []
-        self._tensors: list[tuple[int, int, Tensor]] = []
-        for row, each in enumerate(groups):
-            given = (each.lr, each.grad_scale, 0.0 if each.found_inf is None else each.found_inf)
-            rates.append([0.0 if isinstance(value, Tensor) else float(value) for value in given])
-            self._tensors += [(row, col, value) for col, value in enumerate(given) if isinstance(value, Tensor)]
-        self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
-        self._records = torch.zeros(self._count * _RECORD_BYTES // 4, device=device)
+        self._rates = torch.zeros(len(row_of), len(DeviceRates._fields), dtype=torch.float64, device=device)
+        self._written: dict[tuple[int, int], float] = {}
+        self._records = torch.zeros(len(work) * _RECORD_BYTES // 4, device=device)
 
-    def followed(self) -> Tensor:
+    def fit(self, work: Sequence[AnyWork]) -> bool:
+        """Whether fragments belong together in the same groups."""
+        rates: dict[int, DeviceRates] = {}
+        for (_, scalars), row in zip(work, self._groups, strict=True):
+            if not isinstance(scalars, DeviceStep) or rates.setdefault(row, scalars.rates) is not scalars.rates:
+                return False
+        return len(set(map(id, rates.values()))) == len(rates)
+
+    def followed(self, rates: Sequence[DeviceRates]) -> Tensor:
         """Count a step, and make its records."""
-        for row, col, value in self._tensors:
-            self._rates[row, col].copy_(value.detach().reshape(()), non_blocking=True)
-        code = _record_code()
-        code.record_kernel[(self._count,)](
+        capturing = _capturing(self._rates.device)
+        for row, values in dict(zip(self._groups, rates, strict=True)).items():
+            for col, value in enumerate(values):
+                place = self._rates[row, col]
+                if isinstance(value, Tensor):
+                    self._written.pop((row, col), None)
+                    place.copy_(value.detach().reshape(()), non_blocking=True)
+                elif capturing or self._written.get((row, col)) != value:
+                    # A graph brings its own with it: a step outside may have left another there.
+                    self._written[row, col] = value
+                    place.fill_(value)
+        _record_code().record_kernel[(len(self._groups),)](
             self._recipes,
             self._places,
             self._rates,
@@ -438,6 +454,7 @@ def _row(
         kinds.MASTERS[None if master is None else master.dtype],
         coded,
         how,
+        _step_code().BLOCKS[how],
         seen.decays_gradient,
         seen.stochastic,
         seen.skip_nonfinite,

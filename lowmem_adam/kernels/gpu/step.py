@@ -1,6 +1,6 @@
 """The step as Triton kernels: one launch for all fragments of a kind, as ``reference.adam_step_`` to the last bit.
 
-A program steps up to ``BLOCKS`` blocks of one fragment. ``kernels.triton`` makes the tables that it finds them by; here
+A program steps a few blocks of one fragment. ``kernels.triton`` makes the tables that it finds them by; here
 are their columns. Nothing is tuned at run time: that would step several times.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowmem_adam.kernels.triton_format import (
+from lowmem_adam.kernels.gpu.format import (
     INFINITY,
     MAGNITUDE,
     bits_of,
@@ -21,7 +21,7 @@ from lowmem_adam.kernels.triton_format import (
     moment_words,
     update_words,
 )
-from lowmem_adam.kernels.triton_weights import (
+from lowmem_adam.kernels.gpu.weights import (
     CORRECTION8,
     FLOAT32,
     NOTHING,
@@ -29,12 +29,11 @@ from lowmem_adam.kernels.triton_weights import (
     master_pointer,
     pointer,
     store_weight,
+    typed,
     widened,
 )
 from lowmem_adam.layout import BLOCK_SIZE
 
-BLOCKS = 16
-"""Blocks of a program: 2,048 elements give a thread 16 codes in one 128-bit load, 256 elements would not."""
 NUM_WARPS = 4
 
 # How a fragment's elements lie in memory.
@@ -42,6 +41,10 @@ WHOLE: tl.constexpr = tl.constexpr(0)  # blocks of 128 elements, one after the o
 ALIGNED: tl.constexpr = tl.constexpr(1)  # rows of a multiple of 16 elements, aligned to 16 bytes
 ANY: tl.constexpr = tl.constexpr(2)  # one after the other
 STRIDED: tl.constexpr = tl.constexpr(3)  # parameter or gradient in up to MAX_DIMS dimensions
+
+BLOCKS = {WHOLE.value: 16, ALIGNED.value: 16, ANY.value: 4, STRIDED.value: 4}
+"""Blocks of a program: 2,048 elements give a thread 16 codes in one 128-bit load. Where codes are loaded one by one, a
+thread has one element of each block, and more blocks would want more registers than there are."""
 
 MAX_DIMS = 4
 
@@ -58,7 +61,6 @@ SEED_HASH, STEP, LIVE = 11, 12, 13
 RECORD_WORDS = 16
 
 _BLOCK_SIZE: tl.constexpr = tl.constexpr(BLOCK_SIZE)
-_BLOCKS: tl.constexpr = tl.constexpr(BLOCKS)
 _MAX_DIMS: tl.constexpr = tl.constexpr(MAX_DIMS)
 _FRAGMENT_WORDS: tl.constexpr = tl.constexpr(FRAGMENT_WORDS)
 _RECORD_WORDS: tl.constexpr = tl.constexpr(RECORD_WORDS)
@@ -93,11 +95,6 @@ def _strided(flat, dims):
 
 
 @triton.jit
-def _aligned(address, LAYOUT: tl.constexpr):
-    return tl.multiple_of(address, 16) if LAYOUT <= 1 else address
-
-
-@triton.jit
 def adam_step_kernel(
     programs,  # int32 (programs,): the fragment of each
     fragments,  # int64 (fragments, FRAGMENT_WORDS)
@@ -110,6 +107,7 @@ def adam_step_kernel(
     MASTER_KIND: tl.constexpr,
     CODED: tl.constexpr,
     LAYOUT: tl.constexpr,
+    BLOCKS_AT_ONCE: tl.constexpr,
     DECAYS_GRADIENT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
@@ -127,15 +125,15 @@ def adam_step_kernel(
 
     # Blocks of this program, counted from the fragment's first; none where nothing is to be stepped.
     count = tl.load(fragment + _COUNT) * tl.load(words + _LIVE)
-    start = (program - tl.load(fragment + _FIRST_PROGRAM)) * _BLOCKS
-    local = start + tl.arange(0, _BLOCKS)[:, None].to(tl.int64)
+    start = (program - tl.load(fragment + _FIRST_PROGRAM)) * BLOCKS_AT_ONCE
+    local = start + tl.arange(0, BLOCKS_AT_ONCE)[:, None].to(tl.int64)
     inside = local < count
     block = tl.load(fragment + _FIRST_BLOCK) + local
     lane = tl.arange(0, _BLOCK_SIZE)[None, :]
     if LAYOUT == WHOLE:
         # The scalar goes into the addresses: what is left of the offsets fits 32 bits.
         origin = start * _BLOCK_SIZE
-        at = tl.arange(0, _BLOCKS)[:, None] * _BLOCK_SIZE + lane
+        at = tl.arange(0, BLOCKS_AT_ONCE)[:, None] * _BLOCK_SIZE + lane
         mask = inside & (lane >= 0)
     else:
         origin = start * 0
@@ -155,10 +153,11 @@ def adam_step_kernel(
     at_param = _strided(at, fragment + _PARAM_DIMS) if LAYOUT == STRIDED else at
     at_grad = _strided(at, fragment + _GRAD_DIMS) if LAYOUT == STRIDED else at
 
-    param = pointer(_aligned(tl.load(fragment + _PARAM), LAYOUT), PARAM_KIND) + origin
-    grad = pointer(_aligned(tl.load(gradient), LAYOUT), GRAD_KIND) + origin
-    exp_avg_address = _aligned(tl.load(fragment + _EXP_AVG), LAYOUT)
-    exp_avg_sq_address = _aligned(tl.load(fragment + _EXP_AVG_SQ), LAYOUT)
+    ALIGNMENT: tl.constexpr = 16 if LAYOUT == WHOLE or LAYOUT == ALIGNED else 1
+    param = pointer(tl.load(fragment + _PARAM), PARAM_KIND, ALIGNMENT) + origin
+    grad = pointer(tl.load(gradient), GRAD_KIND, ALIGNMENT) + origin
+    exp_avg_address = tl.load(fragment + _EXP_AVG)
+    exp_avg_sq_address = tl.load(fragment + _EXP_AVG_SQ)
 
     g = widened(tl.load(grad + at_grad, mask=mask, other=0), GRAD_KIND) * tl.load(record + 8)
     write = mask
@@ -174,16 +173,16 @@ def adam_step_kernel(
     if MASTER_KIND == NOTHING:
         weight = widened(stored, PARAM_KIND)
     else:
-        master = master_pointer(_aligned(tl.load(fragment + _MASTER), LAYOUT), MASTER_KIND) + origin
+        master = master_pointer(tl.load(fragment + _MASTER), MASTER_KIND, ALIGNMENT) + origin
         weight = load_weight(stored, tl.load(master + at, mask=mask, other=0), PARAM_KIND, MASTER_KIND)
     if DECAYS_GRADIENT:
         g = g + weight * tl.load(record + 5)
 
     if CODED:
-        codes = exp_avg_address.to(tl.pointer_type(tl.int8)) + origin
-        roots = exp_avg_sq_address.to(tl.pointer_type(tl.uint8)) + origin
-        floors = tl.load(fragment + _FLOOR).to(tl.pointer_type(tl.uint8)) + local
-        spans = tl.load(fragment + _SPAN).to(tl.pointer_type(tl.uint8)) + local
+        codes = typed(exp_avg_address, tl.int8, ALIGNMENT) + origin
+        roots = typed(exp_avg_sq_address, tl.uint8, ALIGNMENT) + origin
+        floors = typed(tl.load(fragment + _FLOOR), tl.uint8, 1) + local
+        spans = typed(tl.load(fragment + _SPAN), tl.uint8, 1) + local
         exp_avg, root = decode(
             tl.load(codes + at, mask=mask, other=0).to(tl.int32),
             tl.load(roots + at, mask=mask, other=0).to(tl.int32),
@@ -192,8 +191,8 @@ def adam_step_kernel(
         )
         exp_avg_sq = root * root
     else:
-        exp_avgs = exp_avg_address.to(tl.pointer_type(tl.float32)) + origin
-        exp_avg_sqs = exp_avg_sq_address.to(tl.pointer_type(tl.float32)) + origin
+        exp_avgs = typed(exp_avg_address, tl.float32, ALIGNMENT) + origin
+        exp_avg_sqs = typed(exp_avg_sq_address, tl.float32, ALIGNMENT) + origin
         exp_avg = tl.load(exp_avgs + at, mask=mask, other=0.0)
         exp_avg_sq = tl.load(exp_avg_sqs + at, mask=mask, other=0.0)
 

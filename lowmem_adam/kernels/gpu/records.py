@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowmem_adam.kernels.triton_step import LIVE, RECORD_WORDS, SEED_HASH, STEP
+from lowmem_adam.kernels.gpu.step import LIVE, RECORD_WORDS, SEED_HASH, STEP
 
 # Columns of recipes, float64: settings that are known on the host.
 BETA1, BETA2, EPS, L2_DECAY, DECOUPLED_DECAY, SIGN = range(6)

@@ -1,8 +1,11 @@
 """Parameters on the device, and what is kept beside them: ``rounding`` in its order, for a tile of elements.
 
 bfloat16 is loaded, rounded and stored as its bits: conversions differ in what they make of NaN, and Triton's interpreter
-truncates. Kinds are numbers, as a kernel is compiled for each of them.
+truncates. Kinds are numbers, as a kernel is compiled for each of them; choices by kind need an ``else``, since the
+compiler reads on after a ``return``.
 """
+
+# ruff: noqa: RET505
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lowmem_adam.kernels import rounding
-from lowmem_adam.kernels.triton_format import INFINITY, MAGNITUDE, bits_of, float_of
+from lowmem_adam.kernels.gpu.format import INFINITY, MAGNITUDE, bits_of, float_of
 
 FLOAT32: tl.constexpr = tl.constexpr(0)
 BFLOAT16: tl.constexpr = tl.constexpr(1)
@@ -45,21 +48,29 @@ _FLOAT16_NAN: tl.constexpr = tl.constexpr(rounding._NAN_WORD[torch.float16])
 
 
 @triton.jit
-def pointer(address, KIND: tl.constexpr):
-    """An address as a pointer to stored elements of a kind."""
-    if KIND == FLOAT32:
-        return address.to(tl.pointer_type(tl.float32))
-    return address.to(tl.pointer_type(tl.int16))
+def typed(address, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """An address as a pointer to elements; the hint holds for the very operation that it is given for."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
 @triton.jit
-def master_pointer(address, MASTER: tl.constexpr):
+def pointer(address, KIND: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """An address as a pointer to stored elements of a kind."""
+    if KIND == FLOAT32:
+        return typed(address, tl.float32, ALIGNMENT)
+    else:
+        return typed(address, tl.int16, ALIGNMENT)
+
+
+@triton.jit
+def master_pointer(address, MASTER: tl.constexpr, ALIGNMENT: tl.constexpr):
     """An address as a pointer to what is kept beside a parameter."""
     if MASTER == WEIGHT:
-        return address.to(tl.pointer_type(tl.float32))
-    if MASTER == CORRECTION16:
-        return address.to(tl.pointer_type(tl.int16))
-    return address.to(tl.pointer_type(tl.int8))
+        return typed(address, tl.float32, ALIGNMENT)
+    elif MASTER == CORRECTION16:
+        return typed(address, tl.int16, ALIGNMENT)
+    else:
+        return typed(address, tl.int8, ALIGNMENT)
 
 
 @triton.jit
@@ -67,9 +78,10 @@ def widened(stored, KIND: tl.constexpr):
     """Stored elements as float32."""
     if KIND == FLOAT32:
         return stored
-    if KIND == BFLOAT16:
+    elif KIND == BFLOAT16:
         return float_of(stored.to(tl.int32) << 16)
-    return stored.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return stored.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 # ---------------------------------------------------------------- from the parameter
@@ -80,10 +92,11 @@ def load_weight(stored, kept, KIND: tl.constexpr, MASTER: tl.constexpr):
     """The float32 weight of stored parameters and of what is kept beside them: ``rounding.widen``."""
     if MASTER == NOTHING:
         return widened(stored, KIND)
-    if MASTER == WEIGHT:
+    elif MASTER == WEIGHT:
         fits = (_to_nearest(kept, KIND) == stored) & (kept == kept)
         return tl.where(fits, kept, widened(stored, KIND))
-    return _from_word(_joined(stored, kept, KIND, MASTER), stored, KIND)
+    else:
+        return _from_word(_joined(stored, kept, KIND, MASTER), stored, KIND)
 
 
 @triton.jit
@@ -104,13 +117,14 @@ def _from_word(word, stored, KIND: tl.constexpr):
     sign = (stored.to(tl.int32) & 0x8000) << 16
     if KIND == BFLOAT16:
         return float_of(word | sign)
-    exact = word & ~((word >> 24) | (word >> 25))
-    below = exact.to(tl.float32) * 2.0**-40
-    normal = float_of((word >> 3) + _EXPONENTS_APART)
-    magnitude = tl.where(word < _LOWEST_NORMAL_WORD, below, normal)
-    weight = float_of(bits_of(magnitude) | sign)
-    finite = (stored.to(tl.int32) & 0x7FFF) < _FLOAT16_INFINITY
-    return tl.where(finite, weight, widened(stored, KIND))
+    else:
+        exact = word & ~((word >> 24) | (word >> 25))
+        below = exact.to(tl.float32) * 2.0**-40
+        normal = float_of((word >> 3) + _EXPONENTS_APART)
+        magnitude = tl.where(word < _LOWEST_NORMAL_WORD, below, normal)
+        weight = float_of(bits_of(magnitude) | sign)
+        finite = (stored.to(tl.int32) & 0x7FFF) < _FLOAT16_INFINITY
+        return tl.where(finite, weight, widened(stored, KIND))
 
 
 # ---------------------------------------------------------------- to the parameter
@@ -121,15 +135,14 @@ def store_weight(weight, words, KIND: tl.constexpr, MASTER: tl.constexpr, STOCHA
     """What is stored of weights, and what is kept beside it: ``rounding.narrow``; ``words`` as its."""
     if KIND == FLOAT32:
         return weight, weight
-    if MASTER == WEIGHT:
+    elif MASTER == CORRECTION16 or MASTER == CORRECTION8:
+        return _split(weight, words, KIND, MASTER)
+    elif MASTER == WEIGHT or not STOCHASTIC:
         return _to_nearest(weight, KIND), weight
-    if MASTER == NOTHING:
-        if STOCHASTIC:
-            if KIND == BFLOAT16:
-                return _stochastic_bfloat16(weight, words), weight
-            return _stochastic_float16(weight, words), weight
-        return _to_nearest(weight, KIND), weight
-    return _split(weight, words, KIND, MASTER)
+    elif KIND == BFLOAT16:
+        return _stochastic_bfloat16(weight, words), weight
+    else:
+        return _stochastic_float16(weight, words), weight
 
 
 @triton.jit
@@ -138,7 +151,8 @@ def _to_nearest(weight, KIND: tl.constexpr):
         bits = bits_of(weight)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where((bits & MAGNITUDE) > INFINITY, 0x7FC0, rounded).to(tl.int16)
-    return weight.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        return weight.to(tl.float16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -172,7 +186,8 @@ def _split(weight, words, KIND: tl.constexpr, MASTER: tl.constexpr):
     stored = (half | ((bits_of(weight) >> 16) & 0x8000)).to(tl.int16)
     if MASTER == CORRECTION16:
         return stored, rest.to(tl.int16)
-    return stored, (rest >> 8).to(tl.int8)
+    else:
+        return stored, (rest >> 8).to(tl.int8)
 
 
 @triton.jit
@@ -180,8 +195,9 @@ def _to_word(weight, KIND: tl.constexpr):
     magnitude = bits_of(weight) & MAGNITUDE
     if KIND == BFLOAT16:
         return tl.where(magnitude > INFINITY, _BFLOAT16_NAN, magnitude)
-    # Beyond 2^16 all is infinite.
-    normal = (tl.minimum(magnitude, (127 + 16) << 23) - _EXPONENTS_APART) << 3
-    small = float_of(magnitude) < _SMALLEST_NORMAL
-    steps = (tl.where(small, float_of(magnitude), 0.0) * 2.0**40 + _TO_NEAREST).to(tl.int32)
-    return tl.where(magnitude > INFINITY, _FLOAT16_NAN, tl.where(small, steps, normal))
+    else:
+        # Beyond 2^16 all is infinite.
+        normal = (tl.minimum(magnitude, (127 + 16) << 23) - _EXPONENTS_APART) << 3
+        small = float_of(magnitude) < _SMALLEST_NORMAL
+        steps = (tl.where(small, float_of(magnitude), 0.0) * 2.0**40 + _TO_NEAREST).to(tl.int32)
+        return tl.where(magnitude > INFINITY, _FLOAT16_NAN, tl.where(small, steps, normal))
