@@ -65,7 +65,8 @@ class Adam8bit(GradientOptimizer):
             first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then,
-            ``"triton"`` for the kernels of CUDA devices, or ``"reference"``. All give the same bits. It is the machine's: a load does not change it.
+            ``"triton"`` for the kernels of CUDA devices, or ``"reference"``. All give the same bits. It is the
+            machine's: a load does not change it.
         shard_group: the ranks that share the moments, each of them keeping its part (ZeRO-1): ``"world"`` for the
             default process group, a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for all moments on
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number

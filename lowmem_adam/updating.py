@@ -75,8 +75,10 @@ def count(tasks: Iterable[Task]) -> None:
     """Write down that parameters have taken their step."""
     for task in tasks:
         assert task.state is not None
-        if isinstance(task.scalars, StepScalars):  # others were counted on their device
+        if isinstance(task.scalars, StepScalars):
             task.state["step"].fill_(task.scalars.step)
+        elif task.param.numel() == 0:  # others were counted on their device by what stepped them
+            task.state["step"] += 1
 
 
 class Flow:

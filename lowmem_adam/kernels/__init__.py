@@ -54,7 +54,7 @@ def _triton_or_warning() -> bool:
         return True
     warnings.warn(
         "Triton is not installed; steps on CUDA devices take the reference backend, which is many times slower and "
-        "needs more memory. It comes with torch for CUDA and ROCm on Linux; on Windows it is the package triton-windows.",
+        "needs more memory. It comes with torch for CUDA and ROCm on Linux; on Windows it is triton-windows.",
         RuntimeWarning,
         stacklevel=2,
     )

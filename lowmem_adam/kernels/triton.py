@@ -1,11 +1,11 @@
 """The step on an accelerator: all fragments of a kind in one launch of a Triton kernel.
 
 Here is what the host does for it. Fragments are sorted by kind and described in tables, which are sent once and hold
-until something changes; a step sends the addresses of gradients and the hyperparameters, in one copy. The kernels are in
-``gpu.step``, which is imported with the first step: a machine without Triton needs it not.
+until something changes; a step sends the addresses of gradients and the hyperparameters, in one copy. The kernels are
+in ``gpu.step``, which is imported with the first step: a machine without Triton needs it not.
 
-Where steps are counted on the device (``DeviceStep``), a kernel makes the hyperparameters of a step, and in a CUDA graph
-kernels write down the addresses too, so that a replay steps on.
+Where steps are counted on the device (``DeviceStep``), a kernel makes the hyperparameters of a step, and in a CUDA
+graph kernels write down the addresses too, so that a replay steps on.
 
 With ``TRITON_INTERPRET=1`` in the environment from the start, kernels run on the CPU, interpreted.
 """
@@ -257,7 +257,9 @@ class Plan:
             for _, words in own:
                 words[code.FIRST_PROGRAM] = sum(repeats)
                 repeats.append(-(-words[code.COUNT] // kind.blocks))
-            programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(torch.tensor(repeats))
+            programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(
+                torch.tensor(repeats)
+            )
             launches.append((kind, programs.to(self._device)))
         return launches
 
@@ -435,9 +437,7 @@ def _innermost_first(merged: Sequence[tuple[int, int]], most: int) -> list[int]:
     return [number for dimension in filled for number in dimension]
 
 
-def _row(
-    fragment: Fragment, seen: _Seen, place: int, span: tuple[int, int], how: int, dims: Sequence[int]
-) -> _Row:
+def _row(fragment: Fragment, seen: _Seen, place: int, span: tuple[int, int], how: int, dims: Sequence[int]) -> _Row:
     layout, moments, master = fragment.layout, fragment.moments, fragment.master
     start = layout.block_start(span[0])
     elements, blocks = start - layout.block_start(fragment.first_block), span[0] - fragment.first_block
@@ -456,7 +456,7 @@ def _row(
         how,
         _step_code().BLOCKS[how],
         seen.decays_gradient,
-        seen.stochastic,
+        seen.stochastic and master is None and fragment.param.dtype != torch.float32,
         seen.skip_nonfinite,
     )
     return _Row(kind, place, [*addresses, *of_blocks, *dims], elements * seen.grad.itemsize)

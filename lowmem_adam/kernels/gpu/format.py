@@ -1,7 +1,7 @@
 """The 8-bit format on the device: what ``codec`` says, in its order and with its roundings, for a tile of blocks.
 
-Tiles are ``(blocks, 128)``, what belongs to a block is ``(blocks, 1)``. Divisions and roots are the IEEE ones that Triton
-has by name: its ``/`` and ``sqrt`` are approximations on NVIDIA. Kernels are to be compiled without FP fusion.
+Tiles are ``(blocks, 128)``, what belongs to a block is ``(blocks, 1)``. Divisions and roots are the IEEE ones that
+Triton has by name: its ``/`` and ``sqrt`` are approximations on NVIDIA. Kernels are to be compiled without FP fusion.
 """
 
 from __future__ import annotations

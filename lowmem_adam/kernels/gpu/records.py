@@ -1,8 +1,8 @@
 """Hyperparameters and addresses that are put together on the device, where a CUDA graph replays a step.
 
 A replay runs kernels with the arguments that they were captured with, and nothing of Python. So the step is counted on
-the device, in the same doubles as ``StepScalars.at_step``, and the addresses of gradients, which are the graph's own, are
-written down by kernels that have them as arguments.
+the device, in the same doubles as ``StepScalars.at_step``, and the addresses of gradients, which are the graph's own,
+are written down by kernels that have them as arguments.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _plain(word):
 @triton.jit
 def address_kernel(
     gradients,  # int64 (fragments, 2), as of adam_step_kernel
-    rows,  # ROWS_AT_ONCE numbers in a tuple, each made odd and large: Triton compiles anew for 1 and for multiples of 16
+    rows,  # a tuple of ROWS_AT_ONCE numbers, made odd and large: Triton compiles anew for 1 and multiples of 16
     addresses,  # likewise, as are the next
     places,
 ):

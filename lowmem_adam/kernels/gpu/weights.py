@@ -1,11 +1,9 @@
 """Parameters on the device, and what is kept beside them: ``rounding`` in its order, for a tile of elements.
 
-bfloat16 is loaded, rounded and stored as its bits: conversions differ in what they make of NaN, and Triton's interpreter
-truncates. Kinds are numbers, as a kernel is compiled for each of them; choices by kind need an ``else``, since the
-compiler reads on after a ``return``.
+bfloat16 is loaded, rounded and stored as its bits: conversions differ in what they make of NaN, and Triton's
+interpreter truncates. Kinds are numbers, as a kernel is compiled for each of them; choices by kind need an ``else``,
+since the compiler reads on after a ``return``.
 """
-
-# ruff: noqa: RET505
 
 from __future__ import annotations
 
