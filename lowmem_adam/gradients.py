@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_adam import local, reduction, settings
+from lowmem_adam import compiled, local, reduction, settings
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition
 from lowmem_adam.stepping import Stepper
@@ -80,7 +80,10 @@ class GradientOptimizer(SavedOptimizer):
         if self._in_backward is not None:
             self._in_backward.finish()
         self._use_up_gradients()
-        super().zero_grad(set_to_none)
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+        else:
+            super().zero_grad(set_to_none)
 
     def _drop_clipping_of_others(self) -> None:
         """Forget a clipping whose gradients were replaced without a step, as by ``model.zero_grad()``."""

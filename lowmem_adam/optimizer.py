@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, inputs, kernels, local, master, resharding, settings
+from lowmem_adam import agreement, compiled, inputs, kernels, local, master, resharding, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
@@ -92,6 +92,8 @@ class Adam8bit(GradientOptimizer):
     _decoupled = False
 
     _stepper: Stepper
+    # By which the operator of compiled functions finds it.
+    _number: int
 
     def __init__(
         self,
@@ -189,6 +191,11 @@ class Adam8bit(GradientOptimizer):
             torch.OutOfMemoryError: there is no memory for state that is to be made; nor has anything changed then.
             RuntimeError: inside of a CUDA graph capture.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return compiled.step(self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         if not self.state and asked_by_checkpoint():
             # Its functions take a step with zero gradients to have state made. A step is counted, so none is taken.
             self._make_all_state()
@@ -333,6 +340,7 @@ class Adam8bit(GradientOptimizer):
         self._partition = None
         lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
         self._stepper = Stepper(lanes, HostGradients(lanes) if lanes is not None and offload_gradients else None)
+        self._number = compiled.number_of(self)
         self._known = ()
         self._reduced = None
         self._in_backward = None
@@ -343,7 +351,7 @@ class Adam8bit(GradientOptimizer):
     def _warn_of_skipped(self) -> None:
         on_cpu = self._stepper.skipped.get(torch.device("cpu"))
         if on_cpu is not None:
-            self._warn_of(int(on_cpu), stacklevel=6)  # _warn_of, this method, step, and torch's two wrappers around it
+            self._warn_of(int(on_cpu), stacklevel=7)  # _warn_of, this, _step, step, and torch's two wrappers around it
 
     def _warn_of(self, count: int, stacklevel: int) -> None:
         if count and not self._warned:
