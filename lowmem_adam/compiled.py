@@ -2,12 +2,13 @@
 
 What compilers make of the kernel may round differently, and a step's numbers, which change from step to step, would
 have it compiled again and again. So the compiler sees ``lowmem_adam::step``, which changes the parameters, and nothing
-of what it does. Everything that is no tensor is read from the optimizer when the operator runs: the learning rate, step
-numbers, clipping.
+of what it does. What is no tensor is read from the optimizer when the operator runs: settings, step numbers, clipping.
 
 The compiler may give the operator other tensors than the optimizer's. It makes a function that changes none of its
 inputs of what it traced, which is why parameters may be copies, whose values it writes back itself; and gradients may
 be those of the traced function, which become ``param.grad`` only after it. So the operator steps what it is given.
+
+Attributes of an optimizer must not be set where that is traced: torch 2.13 loses such assignments without a word.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ class Compilable(Protocol):
     param_groups: list[dict[str, Any]]
     _number: int
     _stepper: Stepper
-    _in_backward: object
+    _in_backward: Any
+    _reduced: set[int] | None
+    _clip_coefficient: float
     _clipped: weakref.ref[Tensor] | None
 
     def _step(self, closure: Callable[[], float] | None) -> float | None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``."""
 
 
 _numbers = itertools.count()
@@ -57,6 +63,8 @@ def step(optimizer: Compilable, closure: Callable[[], float] | None) -> float | 
     The latter with a closure; for DTensors and other tensor classes; with ``offload_gradients`` and
     ``step_in_backward``, whose gradients are of such classes; and where ``grad_scale`` or ``found_inf`` is no tensor.
     """
+    if closure is not None or _steps_early(optimizer):
+        return _step_outside(optimizer, closure)
     params: list[Tensor] = []
     grads: list[Tensor | None] = []
     # Not optimizer.param_groups: asked by this name, the compiler watches all settings, and compiles anew for every lr.
@@ -65,22 +73,29 @@ def step(optimizer: Compilable, closure: Callable[[], float] | None) -> float | 
             params.append(param)
             grads.append(param.grad)
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    early = optimizer._stepper.gradients is not None or optimizer._in_backward is not None
-    if closure is not None or early or not _are_plain([*params, *grads, scale, found_inf]):
-        return _outside(optimizer, closure)
+    if not _are_plain([*params, *grads, scale, found_inf]):
+        return _step_outside(optimizer, None)
     torch.ops.lowmem_adam.step(optimizer._number, params, grads, scale, found_inf)
     return None
 
 
 def zero_grad(optimizer: Compilable, set_to_none: bool) -> None:
-    """``Optimizer.zero_grad`` as the compiler sees it, without a look at the settings."""
+    """``zero_grad`` as the compiler sees it, without a look at the settings.
+
+    A clipping that no step has used is forgotten when other gradients are there. The compiler breaks its graph unless
+    ``set_to_none``, and with ``offload_gradients``, ``step_in_backward`` and ``reduce_scatter_hook``.
+    """
+    if not set_to_none or _steps_early(optimizer) or optimizer._reduced is not None:
+        _zero_grad_outside(optimizer, set_to_none)
+        return
     for group in optimizer.__dict__["param_groups"]:
         for param in group["params"]:
-            if param.grad is not None:
-                if set_to_none:
-                    param.grad = None
-                else:
-                    param.grad.zero_()
+            param.grad = None
+
+
+def _steps_early(optimizer: Compilable) -> bool:
+    """Whether gradients are taken in the backward pass."""
+    return optimizer._stepper.gradients is not None or optimizer._in_backward is not None
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
@@ -88,8 +103,13 @@ def _are_plain(tensors: Sequence[Any]) -> bool:
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside(optimizer: Compilable, closure: Callable[[], float] | None) -> float | None:
+def _step_outside(optimizer: Compilable, closure: Callable[[], float] | None) -> float | None:
     return optimizer._step(closure)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _zero_grad_outside(optimizer: Compilable, set_to_none: bool) -> None:
+    optimizer.zero_grad(set_to_none)
 
 
 # ---------------------------------------------------------------- what runs
@@ -119,7 +139,8 @@ def _operator(
         found_inf: above zero where it found an infinity or NaN.
 
     Raises:
-        RuntimeError: there is no such optimizer, or it has other parameters now.
+        RuntimeError: there is no such optimizer, or it has other parameters now; gradients were clipped, and others
+            are given.
         Exception: as ``Adam8bit.step``.
     """
     optimizer = _optimizers.get(number)
@@ -147,31 +168,36 @@ def _given(
     """For the time of a step, let the optimizer's parameters have the memory and the gradients that are given."""
     memory: list[tuple[Tensor, Tensor]] = []
     gradients: list[tuple[Tensor, Tensor | None]] = []
-    clipped = None if optimizer._clipped is None else optimizer._clipped()
+    clipped = None
+    if optimizer._clip_coefficient != 1.0 and optimizer._clipped is not None:
+        clipped = optimizer._clipped()
     try:
         for param, given, grad in zip(own, params, grads, strict=True):
+            held = param.grad
+            if grad is not held and (grad is None or held is None or not _is_same(grad, held)):
+                if held is not None and held is clipped:  # dropped or kept, the clipping would be wrong for some
+                    raise RuntimeError(
+                        "clip_grad_norm_ was called before a compiled function that changes or replaces gradients and "
+                        "then steps; accepted: clip_grad_norm_ in that function, right before step()"
+                    )
+                gradients.append((param, held))
+                param.grad = grad
             if not _is_same(param, given):
                 memory.append((param, param.data))
                 param.data = given
-            held = param.grad
-            if grad is not held and (grad is None or held is None or not _is_same(grad, held)):
-                gradients.append((param, held))
-                param.grad = grad
-                if clipped is not None and held is clipped:  # the same gradients, changed in the traced function
-                    optimizer._clipped = None if grad is None else weakref.ref(grad)
         yield
     finally:
-        for param, held in gradients:
-            param.grad = held
         for param, data in memory:
             param.data = data
+        for param, held in gradients:
+            param.grad = held
         if memory:
             optimizer._stepper.forget()  # what it knows of the copies, or they would stay in memory
 
 
 @contextmanager
 def _scaled(optimizer: Compilable, grad_scale: Tensor | None, found_inf: Tensor | None) -> Iterator[None]:
-    """For the time of a step, give the optimizer what a ``GradScaler`` tells it; also where it is told that already."""
+    """For the time of a step, tell the optimizer what a ``GradScaler`` tells it, which is given."""
     told = {"grad_scale": grad_scale, "found_inf": found_inf}
     before = {name: optimizer.__dict__[name] for name in told if name in optimizer.__dict__}
     optimizer.__dict__.update(told)

@@ -38,6 +38,7 @@ class GradientOptimizer(SavedOptimizer):
     # While parameters are stepped in the backward pass.
     _in_backward: InBackward | None
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
 
@@ -77,13 +78,13 @@ class GradientOptimizer(SavedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         if self._in_backward is not None:
             self._in_backward.finish()
         self._use_up_gradients()
-        if torch.compiler.is_dynamo_compiling():
-            compiled.zero_grad(self, set_to_none)
-        else:
-            super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
 
     def _drop_clipping_of_others(self) -> None:
         """Forget a clipping whose gradients were replaced without a step, as by ``model.zero_grad()``."""

@@ -196,6 +196,7 @@ class Adam8bit(GradientOptimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
+        self._opt_called = True
         if not self.state and asked_by_checkpoint():
             # Its functions take a step with zero gradients to have state made. A step is counted, so none is taken.
             self._make_all_state()
@@ -218,6 +219,10 @@ class Adam8bit(GradientOptimizer):
         self._use_up_gradients()
         self._warn_of_skipped()
         return loss
+
+    # Without this mark torch's learning rate schedulers put a wrapper around a step, which sets _opt_called and nothing
+    # else, and which torch.compile does not trace.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _checked(self, partition: Partition) -> tuple[list[Task], States]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
