@@ -167,40 +167,41 @@ def test_what_comes_before_between_and_after_steps(backend: str) -> None:
     assert (graphs(), breaks()) == (1, [])
 
 
+def training(net: nn.Module, opt: AdamW8bit) -> Callable[[Tensor], Any]:
+    def function(batch: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(net, batch)
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    return function
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_training_step_breaks_only_where_torch_does(backend: str) -> None:
-    def make(net: nn.Module, opt: AdamW8bit) -> Callable[[Tensor], Any]:
-        def function(batch: Tensor) -> Tensor:
-            opt.zero_grad()
-            loss = loss_of(net, batch)
-            loss.backward()
-            opt.step()
-            return loss.detach()
-
-        return function
-
-    Twins().run(make, 5, backend=backend)
+    Twins().run(training, 5, backend=backend)
     assert graphs() == 2  # up to the backward pass, and from there on
     (reason,) = breaks()
     assert "backward" in reason
 
 
+def train_in_one_graph() -> None:
+    """Training steps with their backward pass; called in a process of its own."""
+    with torch._dynamo.config.patch(trace_autograd_ops=True, error_on_recompile=True):
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            counters.clear()
+            Twins().run(training, 5, backend=backend, fullgraph=True)
+            assert (graphs(), breaks()) == (1, [])
+
+
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch breaks at backward()")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_training_step_with_its_backward_pass_is_one_graph(backend: str) -> None:
-    def make(net: nn.Module, opt: AdamW8bit) -> Callable[[Tensor], Any]:
-        def function(batch: Tensor) -> Tensor:
-            opt.zero_grad()
-            loss = loss_of(net, batch)
-            loss.backward()
-            opt.step()
-            return loss.detach()
-
-        return function
-
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        Twins().run(make, 5, backend=backend, fullgraph=True)
-    assert (graphs(), breaks()) == (1, [])
+def test_a_training_step_with_its_backward_pass_is_one_graph() -> None:
+    # In a process that compiles nothing afterwards: torch 2.13, having traced a backward pass, gives another function
+    # that returns None a tensor to return.
+    program = "from tests.test_compile import train_in_one_graph; train_in_one_graph()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_a_compiled_model_with_a_step_outside() -> None:
@@ -331,7 +332,8 @@ def test_an_error_is_that_of_a_step_outside_and_changes_nothing(backend: str) ->
             last.mul_(factor)
             before = everything(stepped)
             try:
-                call()
+                with torch.enable_grad():  # as torch's backend "eager" leaves it off after an error under no_grad
+                    call()
             except ValueError as error:
                 said.append(str(error))
                 assert_same_bits(before, everything(stepped))
@@ -415,13 +417,14 @@ def test_parameters_without_gradients(backend: str) -> None:
         for number in range(6):
             for opt, step in zip(opts, steps, strict=True):
                 set_gradients(trainable(opt), number)
-                for param in trainable(opt)[:: 1 + number % 3]:
+                for param in trainable(opt)[:: 2 + number % 2]:
                     param.grad = None
                 step()
-    assert graphs() <= 3
+    assert graphs() == 2
     assert not breaks()
     assert_same_bits(everything(opts[0]), everything(opts[1]))
-    assert len(opts[0].state) == len(trainable(opts[0])) - 1
+    stepped = [param in opts[1].state for param in trainable(opts[1])]
+    assert stepped == [index % 6 > 0 for index in range(len(stepped))]
 
 
 # ---------------------------------------------------------------- what is left to Python
@@ -454,16 +457,19 @@ def zeroing(net: nn.Module, opt: AdamW8bit) -> Callable[[Tensor], Any]:
 def test_what_breaks_the_graph_is_stepped_outside(
     make: Callable[[nn.Module, AdamW8bit], Callable[[Tensor], Any]], settings: dict[str, Any]
 ) -> None:
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        Twins(**settings).run(make, 3, backend="aot_eager")
-        before = graphs()
+    found = []
+    for steps in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            Twins(**settings).run(make, steps, backend="aot_eager")
         assert breaks()
-    assert before <= 4
+        found.append(graphs())
+    assert found[0] == found[1]
 
 
 def steps_of_dtensors(rank: int, folder: Path) -> dict[str, Any]:
     """On each rank: eager and compiled steps of DTensors, and of plain parameters whose moments ranks share."""
-    torch._dynamo.config.error_on_recompile = True
     found: dict[str, Any] = {}
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for kind in ("eager", "compiled"):
@@ -472,7 +478,9 @@ def steps_of_dtensors(rank: int, folder: Path) -> dict[str, Any]:
         sharded = small("world")
         for name, opt in (("dtensors", AdamW8bit(params)), ("sharded", sharded)):
             step = opt.step if kind == "eager" else torch.compile(opt.step, backend="aot_eager")
-            for number in range(3):
+            torch._dynamo.reset()
+            for number in range(4):
+                torch._dynamo.config.error_on_recompile = number > 1
                 for index, param in enumerate(trainable(opt)):
                     grad = gradient(torch.empty(param.shape), 0, index, number)
                     param.grad = distribute_tensor(grad, mesh, [Shard(0)]) if isinstance(param, DTensor) else grad
