@@ -26,32 +26,60 @@ from torch.nn import Parameter
 from lowmem_adam.stepping import Stepper
 
 
-class Compilable(Protocol):
-    """An optimizer, as far as this room needs it."""
+class Zeroed(Protocol):
+    """An optimizer whose gradients can be set to None."""
 
-    param_groups: list[dict[str, Any]]
-    _number: int
+    _traced: Traced
     _stepper: Stepper
     _in_backward: Any
     _reduced: set[int] | None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``."""
+
+
+class Compilable(Zeroed, Protocol):
+    """An optimizer, as far as this room needs it."""
+
+    param_groups: Any
     _clip_coefficient: float
     _clipped: weakref.ref[Tensor] | None
 
     def _step(self, closure: Callable[[], float] | None) -> float | None: ...
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim.Optimizer.zero_grad``."""
 
 
 _numbers = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, Compilable] = weakref.WeakValueDictionary()
 
 
-def number_of(optimizer: Compilable) -> int:
-    """A new number, by which the operator finds an optimizer as long as there is one."""
-    number = next(_numbers)
-    _optimizers[number] = optimizer
-    return number
+class Traced:
+    """What the compiler may look at of an optimizer.
+
+    The compiler knows ``torch.optim.Optimizer``: who reads its ``param_groups`` has it watch all settings, and compile
+    anew for every learning rate. So they are read from here.
+    """
+
+    def __init__(self, optimizer: Compilable) -> None:
+        self.number = next(_numbers)
+        """By which the operator finds the optimizer as long as there is one."""
+        self.groups: list[dict[str, Any]] = []
+        """Its param groups, the list itself."""
+        _optimizers[self.number] = optimizer
+
+
+class Groups:
+    """The attribute ``param_groups``, whose list is also kept in ``Traced``."""
+
+    def __get__(self, optimizer: Any, owner: object = None) -> Any:
+        if optimizer is None:
+            return self
+        if "param_groups" not in optimizer.__dict__:
+            raise AttributeError("param_groups")
+        return optimizer.__dict__["param_groups"]
+
+    def __set__(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
+        optimizer.__dict__["param_groups"] = groups
+        optimizer._traced.groups = groups
 
 
 # ---------------------------------------------------------------- what is traced
@@ -67,19 +95,18 @@ def step(optimizer: Compilable, closure: Callable[[], float] | None) -> float | 
         return _step_outside(optimizer, closure)
     params: list[Tensor] = []
     grads: list[Tensor | None] = []
-    # Not optimizer.param_groups: asked by this name, the compiler watches all settings, and compiles anew for every lr.
-    for group in optimizer.__dict__["param_groups"]:
+    for group in optimizer._traced.groups:
         for param in group["params"]:
             params.append(param)
             grads.append(param.grad)
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if not _are_plain([*params, *grads, scale, found_inf]):
         return _step_outside(optimizer, None)
-    torch.ops.lowmem_adam.step(optimizer._number, params, grads, scale, found_inf)
+    torch.ops.lowmem_adam.step(optimizer._traced.number, params, grads, scale, found_inf)
     return None
 
 
-def zero_grad(optimizer: Compilable, set_to_none: bool) -> None:
+def zero_grad(optimizer: Zeroed, set_to_none: bool) -> None:
     """``zero_grad`` as the compiler sees it, without a look at the settings.
 
     A clipping that no step has used is forgotten when other gradients are there. The compiler breaks its graph unless
@@ -88,12 +115,12 @@ def zero_grad(optimizer: Compilable, set_to_none: bool) -> None:
     if not set_to_none or _steps_early(optimizer) or optimizer._reduced is not None:
         _zero_grad_outside(optimizer, set_to_none)
         return
-    for group in optimizer.__dict__["param_groups"]:
+    for group in optimizer._traced.groups:
         for param in group["params"]:
             param.grad = None
 
 
-def _steps_early(optimizer: Compilable) -> bool:
+def _steps_early(optimizer: Zeroed) -> bool:
     """Whether gradients are taken in the backward pass."""
     return optimizer._stepper.gradients is not None or optimizer._in_backward is not None
 
@@ -108,7 +135,7 @@ def _step_outside(optimizer: Compilable, closure: Callable[[], float] | None) ->
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _zero_grad_outside(optimizer: Compilable, set_to_none: bool) -> None:
+def _zero_grad_outside(optimizer: Zeroed, set_to_none: bool) -> None:
     optimizer.zero_grad(set_to_none)
 
 

@@ -35,6 +35,8 @@ class GradientOptimizer(SavedOptimizer):
     _clipped: weakref.ref[Tensor] | None
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
     _reduced: set[int] | None
+    # What torch.compile looks at.
+    _traced: compiled.Traced
     # While parameters are stepped in the backward pass.
     _in_backward: InBackward | None
 

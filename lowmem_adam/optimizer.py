@@ -92,8 +92,7 @@ class Adam8bit(GradientOptimizer):
     _decoupled = False
 
     _stepper: Stepper
-    # By which the operator of compiled functions finds it.
-    _number: int
+    param_groups = compiled.Groups()
 
     def __init__(
         self,
@@ -345,7 +344,7 @@ class Adam8bit(GradientOptimizer):
         self._partition = None
         lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
         self._stepper = Stepper(lanes, HostGradients(lanes) if lanes is not None and offload_gradients else None)
-        self._number = compiled.number_of(self)
+        self._traced = compiled.Traced(self)
         self._known = ()
         self._reduced = None
         self._in_backward = None
@@ -388,6 +387,7 @@ class Adam8bit(GradientOptimizer):
             self._reset(*(restored[name] for name in _WHOLE))
             self._stepper.skipped = skipped
         super().__setstate__(restored)
+        self._traced.groups = self.param_groups  # written past the attribute
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)
