@@ -56,7 +56,7 @@ class Traced:
     """What the compiler may look at of an optimizer.
 
     The compiler knows ``torch.optim.Optimizer``: who reads its ``param_groups`` has it watch all settings, and compile
-    anew for every learning rate. So they are read from here.
+    anew for every learning rate; who changes them gets a setting ``capturable`` besides. So they are read from here.
     """
 
     def __init__(self, optimizer: Compilable) -> None:
@@ -68,14 +68,17 @@ class Traced:
 
 
 class Groups:
-    """The attribute ``param_groups``, whose list is also kept in ``Traced``."""
+    """The attribute ``param_groups``, whose list is in ``Traced``, and in ``__dict__`` as of every other optimizer.
+
+    Read in a compiled function it breaks the graph, after which the compiler takes its list for any other.
+    """
 
     def __get__(self, optimizer: Any, owner: object = None) -> Any:
         if optimizer is None:
             return self
-        if "param_groups" not in optimizer.__dict__:
-            raise AttributeError("param_groups")
-        return optimizer.__dict__["param_groups"]
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break()
+        return optimizer._traced.groups
 
     def __set__(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
         optimizer.__dict__["param_groups"] = groups
@@ -88,14 +91,17 @@ class Groups:
 def step(optimizer: Compilable, closure: Callable[[], float] | None) -> float | None:
     """A step as the compiler sees it: the operator, or a call that it leaves to Python and breaks its graph for.
 
-    The latter with a closure; for DTensors and other tensor classes; with ``offload_gradients`` and
-    ``step_in_backward``, whose gradients are of such classes; and where ``grad_scale`` or ``found_inf`` is no tensor.
+    The latter with a closure; where the function has changed settings before; for DTensors and other tensor classes;
+    with ``offload_gradients`` and ``step_in_backward``, whose gradients are of such classes; and where ``grad_scale``
+    or ``found_inf`` is no tensor.
     """
     if closure is not None or _steps_early(optimizer):
         return _step_outside(optimizer, closure)
+    groups = optimizer._traced.groups
+    torch._dynamo.comptime.comptime(_break_where_settings_change)
     params: list[Tensor] = []
     grads: list[Tensor | None] = []
-    for group in optimizer._traced.groups:
+    for group in groups:
         for param in group["params"]:
             params.append(param)
             grads.append(param.grad)
@@ -104,6 +110,18 @@ def step(optimizer: Compilable, closure: Callable[[], float] | None) -> float | 
         return _step_outside(optimizer, None)
     torch.ops.lowmem_adam.step(optimizer._traced.number, params, grads, scale, found_inf)
     return None
+
+
+def _break_where_settings_change(context: Any) -> None:
+    """While a function is traced, called by the compiler: break the graph where it has changed param groups.
+
+    Such changes are written after the graph has run, and so after a step in the same graph has read settings.
+    """
+    changes = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
+    groups = context.get_local("groups")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    groups = groups.realize()
+    if any(changes.is_modified(watched) for watched in (groups, *(group.realize() for group in groups.items))):
+        context.graph_break(msg="param groups are changed before a step")
 
 
 def zero_grad(optimizer: Zeroed, set_to_none: bool) -> None:

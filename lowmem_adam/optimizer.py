@@ -387,7 +387,7 @@ class Adam8bit(GradientOptimizer):
             self._reset(*(restored[name] for name in _WHOLE))
             self._stepper.skipped = skipped
         super().__setstate__(restored)
-        self._traced.groups = self.param_groups  # written past the attribute
+        self.param_groups = self.__dict__["param_groups"]  # torch writes past the attribute
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)

@@ -288,3 +288,24 @@ def test_param_groups_that_are_changed_or_replaced(change: Callable[[AdamW8bit],
         [[param.detach() for param in own], list(opt.state.values())] for opt, own in zip(opts, params, strict=True)
     )
     assert_same_bits(plain, traced)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_settings_that_are_changed_in_the_function(backend: str) -> None:
+    """They are those of the step that follows, for which the graph breaks, and of the next one."""
+
+    def make(net: nn.Module, opt: AdamW8bit) -> Callable[[Tensor], Any]:
+        def function(batch: Tensor) -> None:
+            for param in net.parameters():
+                param.grad = torch.full_like(param, 2.0)
+            opt.param_groups[0]["lr"] = 0.25
+            opt.step()
+            opt.param_groups[0]["lr"] = 0.125
+            opt.step()
+
+        return function
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        Twins().run(make, 4, backend=backend)
+    assert 2 <= graphs() <= 6
+    assert breaks()
