@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_adam import local, reduction, settings
+from lowmem_adam import compiled, local, reduction, settings
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition
 from lowmem_adam.stepping import Stepper
@@ -36,9 +36,12 @@ class GradientOptimizer(SavedOptimizer):
     _clipped: weakref.ref[Tensor] | None
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
     _reduced: set[int] | None
+    # What torch.compile looks at.
+    _traced: compiled.Traced
     # While parameters are stepped in the backward pass.
     _in_backward: InBackward | None
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
 
@@ -79,6 +82,9 @@ class GradientOptimizer(SavedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         if self._in_backward is not None:
             self._in_backward.finish()
         self._use_up_gradients()

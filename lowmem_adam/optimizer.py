@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, inputs, kernels, local, master, resharding, settings
+from lowmem_adam import agreement, compiled, inputs, kernels, local, master, resharding, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
@@ -96,6 +96,7 @@ class Adam8bit(GradientOptimizer):
     _decoupled = False
 
     _stepper: Stepper
+    param_groups = compiled.Groups()
 
     def __init__(
         self,
@@ -202,6 +203,12 @@ class Adam8bit(GradientOptimizer):
             torch.OutOfMemoryError: there is no memory for state that is to be made; nor has anything changed then.
             RuntimeError: inside of a CUDA graph capture, without ``capturable`` or before any step outside of one.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return compiled.step(self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
+        self._opt_called = True
         if not self.state and asked_by_checkpoint():
             # Its functions take a step with zero gradients to have state made. A step is counted, so none is taken.
             self._make_all_state()
@@ -223,6 +230,10 @@ class Adam8bit(GradientOptimizer):
         self._use_up_gradients()
         self._warn_of_skipped()
         return loss
+
+    # Without this mark torch's learning rate schedulers put a wrapper around a step, which sets _opt_called and nothing
+    # else, and which torch.compile does not trace.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _checked(self, partition: Partition) -> tuple[list[Task], States]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
@@ -351,6 +362,7 @@ class Adam8bit(GradientOptimizer):
         lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
         gradients = HostGradients(lanes) if lanes is not None and offload_gradients else None
         self._stepper = Stepper(lanes, gradients, capturable)
+        self._traced = compiled.Traced(self)
         self._known = ()
         self._reduced = None
         self._in_backward = None
@@ -361,7 +373,7 @@ class Adam8bit(GradientOptimizer):
     def _warn_of_skipped(self) -> None:
         on_cpu = self._stepper.skipped.get(torch.device("cpu"))
         if on_cpu is not None:
-            self._warn_of(int(on_cpu), stacklevel=6)  # _warn_of, this method, step, and torch's two wrappers around it
+            self._warn_of(int(on_cpu), stacklevel=7)  # _warn_of, this, _step, step, and torch's two wrappers around it
 
     def _warn_of(self, count: int, stacklevel: int) -> None:
         if count and not self._warned:
@@ -394,6 +406,7 @@ class Adam8bit(GradientOptimizer):
             self._reset(*(restored[name] for name in _WHOLE))
             self._stepper.skipped = skipped
         super().__setstate__(restored)
+        self.param_groups = self.__dict__["param_groups"]  # torch writes past the attribute
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)

@@ -78,7 +78,8 @@ def count(tasks: Iterable[Task]) -> None:
         if isinstance(task.scalars, StepScalars):
             task.state["step"].fill_(task.scalars.step)
         elif task.param.numel() == 0:  # others were counted on their device by what stepped them
-            task.state["step"] += 1
+            found_inf = task.scalars[1].found_inf
+            task.state["step"] += found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else 1
 
 
 class Flow:
