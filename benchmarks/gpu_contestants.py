@@ -46,8 +46,8 @@ GRAPH_WARM_STEPS = 3
 # What a processor's and a device's arithmetic differ in: contracted multiply-adds, powers of beta in float32.
 DEVICE_ERROR = 2e-6
 
-# FlashOptim's kernel that codes its first zeros searches for its best launch, a second for each size. No step calls that
-# kernel, and the search is left out.
+# FlashOptim's kernel that codes its first zeros searches for its best launch, a second for each size. No step calls
+# that kernel, and the search is left out.
 FLASH_CODING_KERNEL = "_triton_quantize_kernel"
 
 
