@@ -167,7 +167,7 @@ class Captured:
     As torch documents it for whole optimizers: gradients stay where they are and are written in place.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Steps) -> None:
         self.optimizer = optimizer
         self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,91 @@ def test_only_those_asked_for_and_the_yardstick() -> None:
     assert choices("one, small,", ("one", "small"), "--sizes") == ["one", "small"]
     with pytest.raises(typer.BadParameter, match=r"--sizes is 'two'; accepted: one, small"):
         choices("two", ("one", "small"), "--sizes")
+
+
+# ---------------------------------------------------------------- the device, played by a list of what it is asked
+
+
+class Recorder:
+    """Stands for torch.cuda: a clock that a delay and a step move on, and what is asked in its order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.now = 0.0
+        recorder = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = recorder.now
+                recorder.asked.append("event")
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1e3 * (end.at - self.at)
+
+        class Graph:
+            def replay(self) -> None:
+                recorder.asked.append("replay")
+
+        class Stream:
+            def wait_stream(self, stream: object) -> None:
+                recorder.asked.append("wait")
+
+        @contextlib.contextmanager
+        def named(name: str) -> Iterator[None]:
+            recorder.asked.append(f"{name} begins")
+            yield
+            recorder.asked.append(f"{name} ends")
+
+        stand_ins: dict[str, Any] = {"Event": Event, "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream}
+        stand_ins |= {"graph": lambda graph: named("capture"), "stream": lambda stream: named("side")}
+        stand_ins |= {"synchronize": lambda: self.asked.append("synchronize"), "_sleep": self.sleep}
+        stand_ins |= {"memory_allocated": lambda: 100, "max_memory_allocated": lambda: 150}
+        stand_ins |= {"reset_peak_memory_stats": lambda: self.asked.append("reset")}
+        for name, value in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def sleep(self, cycles: int) -> None:
+        self.asked.append("sleep")
+        self.now += cycles / timing.CYCLES
+
+    def step(self) -> None:
+        self.asked.append("step")
+        self.now += 0.25
+
+
+def test_samples_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Recorder(monkeypatch)
+    clock = timing.Clock(torch.device("cuda"))
+    seconds, host = clock.sample(device.step)
+    assert seconds == 0.25
+    assert 0 < host < 0.25
+    assert device.asked == ["synchronize", "event", "step", "event", "synchronize"]
+    device.asked.clear()
+    behind = clock.queued(device.step, 3.0)
+    assert behind is not None
+    assert behind[0] == 0.25  # without the delay
+    assert device.asked == ["synchronize", "sleep", "event", "step", "event", "synchronize"]
+    device.asked.clear()
+    assert clock.peak(device.step) == 50
+    assert device.asked == ["synchronize", "reset", "step", "synchronize"]
+
+
+def test_a_captured_step_runs_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First on the side stream; what is captured does not run, so that its call is a replay as well."""
+    device = Recorder(monkeypatch)
+    captured = contestants.Captured(device)
+    for _ in range(contestants.GRAPH_WARM_STEPS):
+        captured.step()
+    assert device.asked == ["wait", "side begins", "step", "side ends", "wait"] * contestants.GRAPH_WARM_STEPS
+    device.asked.clear()
+    captured.step()
+    assert device.asked == ["capture begins", "step", "capture ends", "replay"]
+    device.asked.clear()
+    captured.step()
+    assert device.asked == ["replay"]
 
 
 # ---------------------------------------------------------------- bytes
