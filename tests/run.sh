@@ -25,7 +25,7 @@ stage "${tests[@]}" "$@"
 # reference itself, nor the parity of trainings, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
-    bench_sharding bench_offload shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
+    bench_sharding bench_offload bench_gpu shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
     offload out_of_memory in_backward in_backward_ranks \
     in_backward_refusals reference rounding codec layout peer_formats parity_short; do
     again+=(--ignore "tests/test_$name.py")
