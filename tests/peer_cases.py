@@ -94,8 +94,8 @@ def allowed_8bit(exact: Exact) -> tuple[Range, Range]:
     """The same where both are coded once: what ``lowmem_adam.codec`` says, put into inequalities.
 
     * A block's grid goes from the power of two at or below its smallest positive root to the one above its largest, at
-      most 24 octaves. A dithered root is off by less than one of 254 intervals, which are equal in the bits of a float:
-      at most span / 254 of its value. What lies below the floor takes the floor. Zero is exact.
+      most 24 octaves. A dithered root is off by less than one of 254 intervals, which are equal in the bits of a float.
+      What lies below the floor takes the floor. Zero is exact.
     * The first moment is ``y = 143 m / (root + |m|)`` to within one code (half a code where it is rounded to nearest),
       at most 127, and is decoded with the root as it was coded: ``m = q / (143 - |q|) * root``. Zero is exact.
     """
@@ -104,9 +104,11 @@ def allowed_8bit(exact: Exact) -> tuple[Range, Range]:
     rounded = _root_roundings(exact)
     floor, span = _grids(root, rounded)
     share = span / FORMAT.root_intervals
-    high = torch.maximum((root + rounded) * (1 + share), floor)
-    low = torch.minimum((root - rounded) * (1 - share), high)
-    roots = Range(torch.where(root > 0, low.clamp(min=0), 0.0), torch.where(root > 0, high, 0.0))
+    positive = root > 0
+    within = torch.where(positive, root, 1.0)
+    high = torch.maximum(_value_at(_bits_of(within) + share) + rounded, floor)
+    low = torch.minimum(_value_at(_bits_of(within) - share) - rounded, high)
+    roots = Range(torch.where(positive, low.clamp(min=0), 0.0), torch.where(positive, high, 0.0))
 
     total = (root + exact.exp_avg.abs()).clamp(min=torch.finfo(torch.float64).tiny)
     code = scale * exact.exp_avg / total
@@ -154,6 +156,18 @@ def gap(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nextafter(size, torch.full_like(size, torch.inf)).double() - size.double()
 
 
+def _bits_of(values: Tensor) -> Tensor:
+    """The bits of a float read as a number, in octaves: log2 at powers of two, straight lines between them."""
+    mantissa, exponent = torch.frexp(values)
+    return exponent + (2 * mantissa - 2)
+
+
+def _value_at(octaves: Tensor) -> Tensor:
+    """The inverse of ``_bits_of``."""
+    whole = octaves.floor()
+    return torch.exp2(whole) * (1 + octaves - whole)
+
+
 def _root_roundings(exact: Exact) -> Tensor:
     root = exact.exp_avg_sq.sqrt()
     # Of a root: half of what its square is off relatively, and its own rounding.
@@ -171,7 +185,9 @@ def _grids(root: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
     bottom, top = least.log2().floor(), most.log2().floor() + 1
     bottom = torch.maximum(bottom, top - FORMAT.max_octaves)
     empty = ~positive.any(dim=1, keepdim=True)
-    floor, span = (torch.where(empty, 0.0, t).expand_as(values) for t in (torch.exp2(bottom), top - bottom))
+    floor, span = (
+        torch.where(empty, 0.0, t).expand_as(values).contiguous() for t in (torch.exp2(bottom), top - bottom)
+    )
     return tuple(reference.from_blocks(t, tile).view(root.shape) for t in (floor, span))  # type: ignore[return-value]
 
 

@@ -51,7 +51,13 @@ class Run:
     """An optimizer and torch's fp32 AdamW on the same gradients, and how far from one another they may end."""
 
     def __init__(
-        self, make: Make, kind: Kind, dtype: torch.dtype = torch.float32, device: Any = "cpu", *, roundings: bool = False
+        self,
+        make: Make,
+        kind: Kind,
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+        *,
+        roundings: bool = False,
     ) -> None:
         gradients = Gradients(kind, SHAPE, STEPS, dtype, device)
         self.start = (torch.randn(SHAPE, generator=generator(2)) * 0.02).to(dtype).to(device)
@@ -129,9 +135,7 @@ UPDATES = tuple((dtype, update) for dtype in DTYPES for update in ("fp32", "stoc
 @with_all_moments
 @pytest.mark.parametrize(("dtype", "update"), UPDATES, ids=str)
 @every_kind
-def test_a_free_run_stays_beside_fp32(
-    kind: Kind, dtype: torch.dtype, update: str, moments: str, device: str
-) -> None:
+def test_a_free_run_stays_beside_fp32(kind: Kind, dtype: torch.dtype, update: str, moments: str, device: str) -> None:
     run = Run(
         lambda params: AdamW8bit(params, LR, weight_decay=0.0, moments=moments, low_precision_update=update),
         kind,
