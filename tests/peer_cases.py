@@ -157,12 +157,15 @@ class Format(NamedTuple):
     figures: displacement error after 300 free steps, by the decades that gradient scales in a block spread over; none
         where roundings are all there is.
     root_ratio: within which the middle 90% of roots stay relative to fp32's, where a block has at most two decades.
+    stays: the kinds of gradients under which a free run keeps to its figures, all if there are none named; under the
+        others it must be found to leave.
     """
 
     allowed: Callable[[Exact], tuple[Range, Range]]
     nbytes: Callable[[Layout], int]
     figures: tuple[tuple[float, float], ...] = ()
     root_ratio: tuple[float, float] = (1 - 1e-3, 1 + 1e-3)
+    stays: tuple[str, ...] = ()
 
 
 FORMATS = {
@@ -174,12 +177,14 @@ FORMATS = {
         (0.87, 1.14),
     ),
     "32bit": Format(allowed_32bit, lambda rows: 8 * rows.numel),
-    # Measured of its map beside ours. Two float32 maxima for 256 elements.
+    # Measured of its map beside ours. Two float32 maxima for 256 elements. A second moment far below the largest, as of
+    # what has a gradient seldom, becomes 0 while the first does not.
     "bnb8bit": Format(
         allowed_bnb8bit,
         lambda rows: 2 * rows.numel + 8 * -(-rows.numel // 256),
         ((0.0, 0.024), (2.0, 0.096), (4.0, 4.07), (6.0, 3.88)),
         (0.80, 1.20),
+        ("normal", "constant", "stops"),
     ),
 }
 """By ``moments``."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks.peer_formats import FormatAdamW, Linear
-from lowmem_adam import AdamW8bit
+from lowmem_adam import AdamW8bit, codec
 from lowmem_adam.layout import BLOCK_SIZE
 from tests.cases import DTYPES, bits, generator
 from tests.peer_cases import (
@@ -145,6 +145,9 @@ def test_a_free_run_stays_beside_fp32(kind: Kind, dtype: torch.dtype, update: st
     assert isinstance(run.opt, AdamW8bit)
     stochastic = update == "stochastic" and dtype != torch.float32
     error, allowed = run.error(run.opt.master_weight(run.param)), run.allowed(moments, stochastic)
+    if FORMATS[moments].stays and kind.name not in FORMATS[moments].stays:
+        assert error > run.allowed("8bit", stochastic)
+        return
     assert error <= allowed
     # 0 would mean that nothing was coded, or rounded.
     assert (error > 1e-4) == (moments != "32bit" or stochastic)
@@ -180,6 +183,20 @@ def test_formats_that_lose_small_second_moments_leave(make: Make, name: str) -> 
     times, stored linearly) while m survives.
     """
     run = Run(make, kind_named(name))
+    assert run.error(run.param) > 2 * run.allowed("8bit", stochastic=False)
+
+
+@pytest.mark.parametrize("name", ["six decades", "constant", "stops"])
+def test_rounding_codes_to_nearest_leaves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another negative control: our format without its dither, which only a run that is left alone can miss."""
+    thresholds = codec.Dither.moment_thresholds
+
+    def middle(dither: codec.Dither) -> tuple[Tensor, Tensor, Tensor]:
+        root, ratio, nearest = thresholds(dither)
+        return torch.full_like(root, 1.5), torch.full_like(ratio, 128.5), torch.ones_like(nearest)
+
+    monkeypatch.setattr(codec.Dither, "moment_thresholds", middle)
+    run = Run(lambda params: AdamW8bit(params, LR, weight_decay=0.0, backend="reference"), kind_named(name))
     assert run.error(run.param) > 2 * run.allowed("8bit", stochastic=False)
 
 
