@@ -202,7 +202,9 @@ def allowed_param(exact: Exact, dtype: torch.dtype, low_precision_update: str) -
     those of the root, and eight more (corrections, step size, division). A 16-bit parameter is that rounded to nearest,
     which keeps the order of values, or to one of its two neighbours.
     """
-    margin = UNIT * 4 * exact.param.abs() + (2 * ROUNDINGS + 8 * UNIT) * exact.update_parts
+    root = exact.exp_avg_sq.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    relative = ROUNDINGS + _root_roundings(exact) / root + 8 * UNIT
+    margin = UNIT * 4 * exact.param.abs() + relative * exact.update_parts
     wide = around(exact.param, margin)
     if dtype == torch.float32:
         return wide
