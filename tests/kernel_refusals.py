@@ -121,7 +121,7 @@ def fake_library_source() -> str:
     """A library with interface version FAKE_ABI, the format's constants but for bits FAKE_FLIP of word FAKE_WORD, and
     without a step.
     """
-    form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=cpu.RECORD.size)
+    form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=RECORD.size)
     for name, *_ in cpu._Format._fields_[2:]:
         value = getattr(FORMAT, name)
         setattr(form, name, (ctypes.c_uint32 * 2)(*value) if isinstance(value, tuple) else value)
