@@ -13,6 +13,7 @@ from torch import Tensor
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.kernels import cpu
 from lowmem_adam.kernels.fragment import Fragment, Work
+from lowmem_adam.kernels.records import RECORD
 from tests.kernel_cases import random_moments, whole
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.kernels import reference, triton
-from lowmem_adam.kernels.fragment import Fragment, FullMoments, StepScalars, Work
+from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars, Work
 from lowmem_adam.layout import Layout
 from tests import kernel_cases as cases
 from tests.cases import DTYPES, generator
@@ -122,7 +122,7 @@ def test_all_pairs_of_codes(floor_and_span: tuple[int, int]) -> None:
     root = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 256)
     for pair in few([(ratio, root), (ratio.t().contiguous(), root.t().contiguous())], 1):
         grids = (torch.full((512,), value, dtype=torch.uint8) for value in floor_and_span)
-        moments = cases.CodedMoments(pair[0], pair[1], *grids)
+        moments = CodedMoments(pair[0], pair[1], *grids)
         for scale in few([1e-6, 0.0, 1.0], 1):
             grad = torch.randn(256, 256, generator=generator(1)) * scale
             assert_triton_same(one_step(torch.ones(256, 256), grad, moments))
@@ -138,7 +138,7 @@ def test_values_of_metadata(nonfinite: str, dtype: torch.dtype) -> None:
     root = torch.tensor([0, 1, 2, 128, 255, 7, 8, 9] * 2, dtype=torch.uint8).repeat(rows, 1)
     root[:, 3].random_(0, 256, generator=drawn)
     ratio = torch.randint(-128, 128, (rows, 16), generator=drawn).to(torch.int8)
-    moments = cases.CodedMoments(ratio, root, (pairs >> 8).to(torch.uint8), (pairs & 255).to(torch.uint8))
+    moments = CodedMoments(ratio, root, (pairs >> 8).to(torch.uint8), (pairs & 255).to(torch.uint8))
     grad = torch.randn(rows, 16, generator=drawn).to(dtype)
     assert_triton_same(one_step(torch.ones(rows, 16, dtype=dtype), grad, moments, nonfinite=nonfinite))
 
@@ -287,6 +287,8 @@ def test_nothing_at_all() -> None:
 
 # ---------------------------------------------------------------- memory
 
+Way = Callable[[Tensor], Tensor]
+
 LAYOUTS = list(itertools.product(MEMORY, ["stochastic", *cases.MASTERS], DTYPE_PAIRS, BOTH))
 
 
@@ -315,8 +317,10 @@ def test_gradients_that_share_memory_or_are_views_of_complex_ones() -> None:
 
 def test_tables_are_made_anew_where_gradients_lie_otherwise() -> None:
     """One dictionary over the steps, as the optimizer does it."""
-    ways = [torch.clone, sliced, every_other, in_order(2, 0, 1), torch.clone, torch.Tensor.bfloat16, torch.clone]
-    for lay_out in (torch.clone, every_other):
+    to_bfloat16: Way = torch.Tensor.bfloat16
+    ways: list[Way] = [torch.clone, sliced, every_other, in_order(2, 0, 1), torch.clone, to_bfloat16, torch.clone]
+    both: tuple[Way, ...] = (torch.clone, every_other)
+    for lay_out in both:
         weight = lay_out(torch.randn(6, 5, 40, generator=generator(26)).bfloat16())
         start = whole(weight, weight)
         moved, now = on_device(twin(start)), twin(start)
