@@ -25,9 +25,11 @@ CACHE = Path(__file__).resolve().parent / ".cache"
 PACKAGES = (
     "lowmem-adam",
     "torch",
+    "triton",
     "transformers",
     "bitsandbytes",
     "torchao",
+    "flashoptim",
     "deepspeed",
     "scikit-learn",
     "mlxtend",

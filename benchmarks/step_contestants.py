@@ -67,22 +67,29 @@ class Contestant:
         return 3 * self.dtype.itemsize + 2 * self.moment_bytes if self.passes else None
 
     def tolerance(self, oracle_path: Sequence[float], displacement: float) -> float:
-        """What the format allows as error of the displacement, of which `oracle_path` has the parameter's norms.
+        """What the format allows as error of the displacement; see ``allowed_error``."""
+        return allowed_error(self.dtype, oracle_path, displacement, self.coded, self.float32_corrections)
 
-        A step rounds a parameter at most twice to nearest (decay, update) or once stochastically: at most an eps of
-        its magnitude. Uncoded moments lie in the parameter's type and cost another eps of the update. Gradients
-        are drawn anew every step, so the errors of steps are independent and their squares add.
-        """
-        eps = torch.finfo(self.dtype).eps
-        moments = CODED_ERROR if self.coded else eps * math.sqrt(VALIDATION_STEPS)
-        return moments + self.correction_error() + eps * math.hypot(*oracle_path) / displacement
 
-    def correction_error(self) -> float:
-        """Mean over the steps: beta2 and its power are each off by half an ulp below 1, eps / 4; the root halves it."""
-        if not self.float32_corrections:
-            return 0.0
-        corrections = [1 - SETTINGS["betas"][1] ** step for step in range(1, VALIDATION_STEPS + 1)]
-        return torch.finfo(torch.float32).eps / 8 * sum(2 / c for c in corrections) / len(corrections)
+def allowed_error(
+    dtype: torch.dtype, oracle_path: Sequence[float], displacement: float, coded: bool, float32_corrections: bool
+) -> float:
+    """What a format allows as error of the displacement, of which `oracle_path` has the parameter's norms.
+
+    A step rounds a parameter at most twice to nearest (decay, update) or once stochastically: at most an eps of
+    its magnitude. Uncoded moments lie in the parameter's type and cost another eps of the update. Gradients
+    are drawn anew every step, so the errors of steps are independent and their squares add.
+    """
+    eps = torch.finfo(dtype).eps
+    moments = CODED_ERROR if coded else eps * math.sqrt(VALIDATION_STEPS)
+    corrections = correction_error() if float32_corrections else 0.0
+    return moments + corrections + eps * math.hypot(*oracle_path) / displacement
+
+
+def correction_error() -> float:
+    """Mean over the steps: beta2 and its power are each off by half an ulp below 1, eps / 4; the root halves it."""
+    corrections = [1 - SETTINGS["betas"][1] ** step for step in range(1, VALIDATION_STEPS + 1)]
+    return torch.finfo(torch.float32).eps / 8 * sum(2 / c for c in corrections) / len(corrections)
 
 
 def _ours(params: list[Parameter]) -> Optimizer:

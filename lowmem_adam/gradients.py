@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_adam import local, reduction, settings
+from lowmem_adam import compiled, local, reduction, settings
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition
 from lowmem_adam.stepping import Stepper
@@ -30,14 +30,18 @@ class GradientOptimizer(SavedOptimizer):
     found_inf: Tensor
 
     _stepper: Stepper
-    _clip_coefficient: float
+    _capturable: bool
+    _clip_coefficient: float | Tensor
     # The first gradient of those that _clip_coefficient is of.
     _clipped: weakref.ref[Tensor] | None
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
     _reduced: set[int] | None
+    # What torch.compile looks at.
+    _traced: compiled.Traced
     # While parameters are stepped in the backward pass.
     _in_backward: InBackward | None
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, in the next step.
 
@@ -72,11 +76,15 @@ class GradientOptimizer(SavedOptimizer):
             raise RuntimeError(f"the total norm of order {norm_type} of the gradients is non-finite: {float(norm)}")
         norm = norm * self._clip_coefficient
         self._clipped = next((weakref.ref(p.grad) for p in params if p.grad is not None), None)
-        self._clip_coefficient *= float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._clip_coefficient *= coefficient.double() if self._capturable else float(coefficient)
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; also takes back a clipping that no step has used."""
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         if self._in_backward is not None:
             self._in_backward.finish()
         self._use_up_gradients()
@@ -84,10 +92,10 @@ class GradientOptimizer(SavedOptimizer):
 
     def _drop_clipping_of_others(self) -> None:
         """Forget a clipping whose gradients were replaced without a step, as by ``model.zero_grad()``."""
-        if self._clip_coefficient != 1.0 and self._clipped is not None:
+        if self._clipped is not None:
             grads = (param.grad for group in self.param_groups for param in group["params"])
             if next((grad for grad in grads if grad is not None), None) is not self._clipped():
-                self._clip_coefficient = 1.0
+                self._clip_coefficient, self._clipped = 1.0, None
 
     def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
         if self._in_backward is not None:
@@ -114,7 +122,7 @@ class GradientOptimizer(SavedOptimizer):
 
     def _use_up_gradients(self) -> None:
         """Forget what was of these gradients: their clipping, and which of them ranks have reduced."""
-        self._clip_coefficient = 1.0
+        self._clip_coefficient, self._clipped = 1.0, None
         if self._reduced is not None:
             self._reduced.clear()
 
@@ -143,12 +151,21 @@ class GradientOptimizer(SavedOptimizer):
         self._reduced.add(bucket.index())
         return reduction.reduce_scatter(params, bucket.gradients(), bucket.buffer(), partition)
 
-    def _grad_factor(self) -> float:
+    def _found_inf(self) -> float | Tensor:
+        """Above 0 where a scaler has found infinite gradients; read from the device unless ``capturable``."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return 0.0
+        return found_inf if self._capturable else float(found_inf)
+
+    def _grad_factor(self) -> float | Tensor:
         """What the step multiplies gradients by: clipping, and the inverse of an attribute ``grad_scale``.
 
         ``grad_scale`` and ``found_inf`` are the attributes by which ``torch.amp.GradScaler`` and others drive
         optimizers that unscale by themselves.
         """
         self._drop_clipping_of_others()
-        scale = getattr(self, "grad_scale", None)
-        return self._clip_coefficient if scale is None else self._clip_coefficient / float(scale)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None:
+            return self._clip_coefficient
+        return self._clip_coefficient / (scale.double() if self._capturable else float(scale))

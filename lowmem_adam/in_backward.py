@@ -308,6 +308,10 @@ class StepInBackward:
         optimizer = self._optimizer
         if optimizer._stops_at_nonfinite():
             raise ValueError('nonfinite is "error", which checks all gradients first; accepted: "skip", "propagate"')
+        if optimizer._capturable:
+            raise ValueError(
+                "capturable is True, for steps in a CUDA graph; accepted with step_in_backward: capturable=False"
+            )
         size = optimizer._cut().world.size
         if size > 1:
             raise ValueError(

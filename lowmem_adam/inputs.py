@@ -102,14 +102,14 @@ def _kind_of(tensor: Tensor) -> str:
     return "Tensor" if isinstance(tensor, HostGradient) else type(tensor.detach()).__name__
 
 
-def check_devices(state: Mapping[str, Tensor], home: torch.device, label: str) -> None:
-    """Check that state lies where it belongs, and ``step`` on the CPU.
+def check_devices(state: Mapping[str, Tensor], home: torch.device, counted: torch.device, label: str) -> None:
+    """Check that state lies where it belongs: ``step`` where steps are counted, all else at home.
 
     Raises:
         ValueError: a tensor elsewhere.
     """
     for key, tensor in state.items():
-        accepted = torch.device("cpu") if key == "step" else home
+        accepted = counted if key == "step" else home
         if tensor.device != accepted:
             raise ValueError(f"{label}: {key} is on {tensor.device}; accepted: {accepted}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, inputs, kernels, local, master, resharding, settings
+from lowmem_adam import agreement, compiled, inputs, kernels, local, master, resharding, settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_WHOLE = ("_shard_group", "_bucket_cap_mb", "_offload", "_offload_gradients")
+_WHOLE = ("_shard_group", "_bucket_cap_mb", "_offload", "_offload_gradients", "_capturable")
 """What ``_reset`` takes, under the names by which it is kept."""
 
 
@@ -67,9 +67,10 @@ class Adam8bit(GradientOptimizer):
             on; ``"error"``: an error before anything changes; ``"propagate"``: as in torch, the parameter's element
             becomes NaN (its 8-bit first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
-        backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then, or
-            ``"reference"``. All give the same bits. ``"bitsandbytes"`` is its own operator for ``"bnb8bit"``, which
-            does not. It is the machine's: a load does not change it.
+        backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then,
+            ``"triton"`` for the kernels of CUDA devices, or ``"reference"``. All give the same bits.
+            ``"bitsandbytes"`` is its own operator for ``"bnb8bit"``, which does not. It is the machine's: a load does
+            not change it.
         shard_group: the ranks that share the moments, each of them keeping its part (ZeRO-1): ``"world"`` for the
             default process group, a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for all moments on
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
@@ -84,6 +85,9 @@ class Adam8bit(GradientOptimizer):
         bucket_cap_mb: MiB of parameters that a rank steps and sends at a time, as in ``DistributedDataParallel``, and
             of half of the pinned buffers that ``offload`` has for a device. Small ones and those that do not lie
             in one run are sent in copies, of which all ranks' take no more than that.
+        capturable: steps can be captured in a CUDA graph, as with torch's optimizers: they are counted on the device,
+            a learning rate that is a tensor there is read at each replay, and nothing waits for the device. Take a few
+            steps before the capture. Only for parameters on CUDA devices, without ``shard_group`` and ``offload``.
 
     Raises:
         ValueError: a value or parameter that is not accepted; the message names it and what is.
@@ -96,6 +100,7 @@ class Adam8bit(GradientOptimizer):
     _decoupled = False
 
     _stepper: Stepper
+    param_groups = compiled.Groups()
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class Adam8bit(GradientOptimizer):
         offload: str | None = None,
         offload_gradients: bool = False,
         bucket_cap_mb: float = 64.0,
+        capturable: bool = False,
         **unsupported: object,
     ) -> None:
         settings.refuse_keywords(unsupported)
@@ -123,6 +129,7 @@ class Adam8bit(GradientOptimizer):
         check_offload(offload)
         check_offload_gradients(offload_gradients, offload)
         check_bucket_cap(bucket_cap_mb)
+        settings.check_capturable(capturable, shard_group, offload)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -138,9 +145,11 @@ class Adam8bit(GradientOptimizer):
             "decoupled_weight_decay": self._decoupled,
             "format_version": FORMAT.version,
         }
-        settings.check_group(defaults, type(self).__name__)
-        self._reset(shard_group, bucket_cap_mb, offload, offload_gradients)
+        settings.check_group(defaults, type(self).__name__, capturable=capturable)
+        self._reset(shard_group, bucket_cap_mb, offload, offload_gradients, capturable)
         super().__init__(params, settings.normalised(defaults))
+        # So a GradScaler leaves its scale and what it found to the step, and nothing waits for the device.
+        self._step_supports_amp_scaling = capturable
 
     # ---------------------------------------------------------------- param groups
 
@@ -158,7 +167,7 @@ class Adam8bit(GradientOptimizer):
             params = list(params)
         where = f"param group {len(self.param_groups)}"
         group = {**self.defaults, **param_group, "params": params}
-        settings.check_group(group, where)
+        settings.check_group(group, where, capturable=self._capturable)
         for name in ("decoupled_weight_decay", "format_version"):
             if group[name] != self.defaults[name]:
                 raise ValueError(f"{where}: {name} is {group[name]!r}; accepted: {self.defaults[name]!r}")
@@ -166,7 +175,12 @@ class Adam8bit(GradientOptimizer):
             given = [params] if isinstance(params, Tensor) else params
             inputs.check_params(given, self.param_groups, group["moments"], where)
             for param in (entry[1] if isinstance(entry, tuple) else entry for entry in given):
-                kernels.choose(group["backend"], self._stepper.home_of(param), group, param.dtype)
+                backend = kernels.choose(group["backend"], self._stepper.home_of(param), group, param.dtype)
+                if self._capturable and backend != "triton":
+                    raise ValueError(
+                        f"{where}: capturable is True and a parameter on {param.device} is stepped by backend "
+                        f'{backend!r}; accepted with capturable: parameters on CUDA devices and backend "triton"'
+                    )
                 if self._shard_group is not None and local.is_dtensor(param):
                     raise ValueError(
                         f"{where} has DTensors, which are sharded already, and shard_group is {self._shard_group!r}; "
@@ -191,8 +205,14 @@ class Adam8bit(GradientOptimizer):
             ValueError: a setting, a gradient or a state that is not accepted; a non-finite gradient under
                 ``nonfinite="error"``. No parameter and no state has changed then.
             torch.OutOfMemoryError: there is no memory for state that is to be made; nor has anything changed then.
-            RuntimeError: inside of a CUDA graph capture.
+            RuntimeError: inside of a CUDA graph capture, without ``capturable`` or before any step outside of one.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return compiled.step(self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
+        self._opt_called = True
         if not self.state and asked_by_checkpoint():
             # Its functions take a step with zero gradients to have state made. A step is counted, so none is taken.
             self._make_all_state()
@@ -203,8 +223,7 @@ class Adam8bit(GradientOptimizer):
                 loss = closure()
         if self._in_backward is not None:
             self._finish_in_backward(self._in_backward)
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) > 0:
+        if not self._capturable and self._found_inf() > 0:
             self._use_up_gradients()
             return loss
         self._watch_gradients()
@@ -216,6 +235,10 @@ class Adam8bit(GradientOptimizer):
         self._warn_of_skipped()
         return loss
 
+    # Without this mark torch's learning rate schedulers put a wrapper around a step, which sets _opt_called and nothing
+    # else, and which torch.compile does not trace.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
     def _checked(self, partition: Partition) -> tuple[list[Task], States]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
         world = partition.world
@@ -223,7 +246,9 @@ class Adam8bit(GradientOptimizer):
         made: States = {}
         refusal: Exception | None = None
         try:
-            tasks = self._stepper.check(self.param_groups, self.state, partition, self._grad_factor())
+            tasks = self._stepper.check(
+                self.param_groups, self.state, partition, self._grad_factor(), self._found_inf()
+            )
             made = self._stepper.made(tasks, partition)
         except Exception as error:  # noqa: BLE001 (raised below, after the others have been told)
             refusal = error
@@ -329,14 +354,19 @@ class Adam8bit(GradientOptimizer):
             "ranks": [total] if self._partition is None else resharding.bytes_by_rank(self.state, self._partition),
         }
 
-    def _reset(self, shard_group: Any, bucket_cap_mb: float, offload: str | None, offload_gradients: bool) -> None:
+    def _reset(
+        self, shard_group: Any, bucket_cap_mb: float, offload: str | None, offload_gradients: bool, capturable: bool
+    ) -> None:
         self._shard_group = shard_group
         self._bucket_cap_mb = bucket_cap_mb
         self._offload = offload
         self._offload_gradients = offload_gradients
+        self._capturable = capturable
         self._partition = None
         lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
-        self._stepper = Stepper(lanes, HostGradients(lanes) if lanes is not None and offload_gradients else None)
+        gradients = HostGradients(lanes) if lanes is not None and offload_gradients else None
+        self._stepper = Stepper(lanes, gradients, capturable)
+        self._traced = compiled.Traced(self)
         self._known = ()
         self._reduced = None
         self._in_backward = None
@@ -347,7 +377,7 @@ class Adam8bit(GradientOptimizer):
     def _warn_of_skipped(self) -> None:
         on_cpu = self._stepper.skipped.get(torch.device("cpu"))
         if on_cpu is not None:
-            self._warn_of(int(on_cpu), stacklevel=6)  # _warn_of, this method, step, and torch's two wrappers around it
+            self._warn_of(int(on_cpu), stacklevel=7)  # _warn_of, this, _step, step, and torch's two wrappers around it
 
     def _warn_of(self, count: int, stacklevel: int) -> None:
         if count and not self._warned:
@@ -376,10 +406,12 @@ class Adam8bit(GradientOptimizer):
         restored = dict(state)
         skipped = restored.pop("_skipped", {})
         if "_stepper" not in self.__dict__:
-            restored.setdefault("_offload_gradients", False)  # of a version without it
+            for name in ("_offload_gradients", "_capturable"):
+                restored.setdefault(name, False)  # of a version without it
             self._reset(*(restored[name] for name in _WHOLE))
             self._stepper.skipped = skipped
         super().__setstate__(restored)
+        self.param_groups = self.__dict__["param_groups"]  # torch writes past the attribute
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)

@@ -36,6 +36,7 @@ class Prepared:
         span: those that lie here and that the state is of.
         master: as what the state keeps the rest of the weight, as ``state.master_dtype`` says.
         home: where the state lies.
+        counted: where its steps are counted.
 
     Raises:
         ValueError: state that does not fit the parameter.
@@ -66,9 +67,10 @@ class Prepared:
         span: Span,
         master: torch.dtype | None,
         home: torch.device,
+        counted: torch.device,
     ) -> None:
         check_state(state, param.shape, moments, label, None if is_dtensor(param) else span, master)
-        inputs.check_devices(state, home, label)
+        inputs.check_devices(state, home, counted, label)
         self.param = local(param).detach()
         # As numbers: memory can move below a tensor that stays the same, by share_memory_() or an assignment to .data.
         self._addresses = _addresses(param, state)

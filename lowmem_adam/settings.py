@@ -25,6 +25,7 @@ class Keywords(TypedDict, total=False):
     offload: str | None
     offload_gradients: bool
     bucket_cap_mb: float
+    capturable: bool
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -34,12 +35,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "low_precision_update": ("nearest", "stochastic", "split", "fp32"),
     "master_bits": (32, 24),
     "nonfinite": ("skip", "error", "propagate"),
-    "backend": (None, "cpu", "reference", "bitsandbytes"),
+    "backend": (None, "cpu", "triton", "reference", "bitsandbytes"),
     "maximize": (False, True),
 }
-
-LATER: dict[str, tuple[object, ...]] = {"backend": ("triton",)}
-"""Planned values that this version does not have; the error says so instead of calling them unknown."""
 
 ALL = (
     "lr",
@@ -67,7 +65,6 @@ INSTEAD: dict[str, str] = {
     "amsgrad": "there is no AMSGrad variant; drop it",
     "fused": "drop it: every step runs in one pass over the parameter",
     "foreach": "drop it: one call steps all parameters",
-    "capturable": "drop it",
     "differentiable": "drop it: the step is not differentiable",
     "decoupled_weight_decay": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
     "adamw_mode": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
@@ -86,7 +83,7 @@ INSTEAD: dict[str, str] = {
 }
 """Keywords of other optimizers and what to use here."""
 
-WHOLE = ("shard_group", "offload", "offload_gradients", "bucket_cap_mb")
+WHOLE = ("shard_group", "offload", "offload_gradients", "bucket_cap_mb", "capturable")
 """Keywords of the whole optimizer: no setting of a param group."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -100,6 +97,22 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "offload_gradients": (False,),
 }
 """Values of torch's own keywords that ask for nothing: taken and forgotten, so that scripts need no change."""
+
+
+def check_capturable(capturable: object, shard_group: object, offload: object) -> None:
+    """Check the setting ``capturable``.
+
+    Raises:
+        ValueError: no bool; True together with what a CUDA graph cannot hold.
+    """
+    if not isinstance(capturable, bool):
+        raise ValueError(f"capturable is {capturable!r}; accepted: True, False")
+    for name, value in (("shard_group", shard_group), ("offload", offload)):
+        if capturable and value is not None:
+            raise ValueError(
+                f"capturable is True and {name} {value!r}; accepted with capturable: {name}=None, since ranks and the "
+                "host take part in such a step"
+            )
 
 
 def refuse_keywords(keywords: Mapping[str, object]) -> None:
@@ -129,18 +142,26 @@ def completed(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **{name: value for name, value in SINCE.items() if name not in group}}
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
+def check_group(group: Mapping[str, Any], where: str, *, capturable: bool = False) -> None:
     """Check every setting of a param group.
 
     Args:
         group: the settings, complete with defaults.
         where: names the group in errors, such as ``"param group 0"``.
+        capturable: nothing may wait for the device: of a learning rate that lies there, the value is not checked.
 
     Raises:
         ValueError: a value that is not accepted.
         TypeError: a setting that is another optimizer's.
     """
-    _check_number(group, "lr", where, allow_tensor=True)
+    lr = group["lr"]
+    if not (capturable and isinstance(lr, torch.Tensor) and not lr.is_cpu and lr.numel() == 1):
+        _check_number(group, "lr", where, allow_tensor=True)
+    if capturable and group["nonfinite"] == "error":
+        raise ValueError(
+            f"{where}: nonfinite is 'error' and capturable True; accepted with capturable: 'skip', 'propagate', since "
+            "nothing may wait for the device"
+        )
     _check_number(group, "eps", where)
     _check_number(group, "weight_decay", where)
     _check_betas(group["betas"], where)
@@ -220,5 +241,4 @@ def _check_choice(name: str, value: object, accepted: tuple[object, ...], where:
     comparable = isinstance(value, str) or type(value) is int
     if any(value is choice or (comparable and not isinstance(choice, bool) and value == choice) for choice in accepted):
         return
-    known = " (planned, not in this version)" if isinstance(value, str) and value in LATER.get(name, ()) else ""
-    raise ValueError(f"{where}: {name} is {value!r}{known}; accepted: {', '.join(map(repr, accepted))}")
+    raise ValueError(f"{where}: {name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem_adam import inputs, kernels, making, settings, updating
 from lowmem_adam.host_gradients import HostGradients
-from lowmem_adam.kernels.fragment import StepScalars
+from lowmem_adam.kernels.fragment import DeviceRates, DeviceSettings, StepScalars
 from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.offload import Offload
@@ -30,7 +30,9 @@ States = MutableMapping[Tensor, dict[str, Tensor]]
 class Stepper:
     """The phases in their order: ``check``, ``made`` and ``begin``, ``update``."""
 
-    def __init__(self, offload: Offload | None, gradients: HostGradients | None) -> None:
+    def __init__(self, offload: Offload | None, gradients: HostGradients | None, capturable: bool = False) -> None:
+        self.capturable = capturable
+        """Steps are counted on the device, and nothing waits for it."""
         self.offload = offload
         """The way to the host; None where moments lie with their parameters."""
         self.gradients = gradients
@@ -51,6 +53,10 @@ class Stepper:
         """Where a parameter's state lies and is stepped."""
         return home_of(param, None if self.offload is None else "cpu")
 
+    def counted_on(self, param: Tensor) -> torch.device:
+        """Where a parameter's steps are counted."""
+        return param.device if self.capturable else torch.device("cpu")
+
     # ---------------------------------------------------------------- check
 
     def check(
@@ -58,7 +64,8 @@ class Stepper:
         groups: Sequence[dict[str, Any]],
         states: Mapping[Tensor, dict[str, Tensor]],
         partition: Partition,
-        grad_factor: float,
+        grad_factor: float | Tensor,
+        found_inf: float | Tensor = 0.0,
     ) -> list[Task]:
         """Settings, gradients and state of all parameters that have a gradient; nothing changes.
 
@@ -66,18 +73,21 @@ class Stepper:
             groups: param groups.
             states: the state of every parameter that has taken a step.
             partition: has cut all of these parameters.
-            grad_factor: what gradients are multiplied by.
+            grad_factor: what gradients are multiplied by; a tensor only where the step is ``capturable``.
+            found_inf: likewise, where that is not 0 there is to be no step.
 
         Raises:
             ValueError: something is not accepted.
-            RuntimeError: inside of a CUDA graph capture.
+            RuntimeError: inside of a CUDA graph capture that the step is not for.
         """
-        refuse_capture()
+        if not self.capturable:
+            refuse_capture()
         if len(self._prepared) > sum(len(group["params"]) for group in groups):
             self._prepared.clear()  # some belong to parameters that were taken out
         tasks: list[Task] = []
         for group_index, group in enumerate(groups):
-            tasks += self.check_some(group, group_index, enumerate(group["params"]), states, partition, grad_factor)
+            params = enumerate(group["params"])
+            tasks += self.check_some(group, group_index, params, states, partition, grad_factor, found_inf)
         return tasks
 
     def check_some(
@@ -87,13 +97,13 @@ class Stepper:
         params: Iterable[tuple[int, Tensor]],
         states: Mapping[Tensor, dict[str, Tensor]],
         partition: Partition,
-        grad_factor: float,
+        grad_factor: float | Tensor,
+        found_inf: float | Tensor = 0.0,
     ) -> list[Task]:
         """As ``check``, of some parameters of a group, each with its place there."""
         self._check_settings(group, group_index)
         tasks: list[Task] = []
-        lr = float(group["lr"])
-        records: dict[int, StepScalars] = {}
+        records = _Records(group, grad_factor, found_inf, self.capturable)
         backends: dict[tuple[torch.device, torch.dtype], str] = {}
         for index, param in params:
             grad = param.grad
@@ -114,11 +124,9 @@ class Stepper:
                 grad = grad.values()
             backend = kernels.of_gradient(backends[place], group["backend"], param, grad, label)
             if group["nonfinite"] == "error":
+                assert isinstance(grad_factor, float)
                 _check_finite(param, grad, grad_factor, partition, label)
-            step = int(state["step"]) + 1 if state else 1
-            if step not in records:
-                records[step] = _scalars(group, lr, step, grad_factor, label)
-            told = (group["moments"], master, backend, records[step], label)
+            told = (group["moments"], master, backend, records.next_of(state, label), label)
             tasks.append(Task(param, grad, *told, state, prepared))
         return tasks
 
@@ -144,7 +152,7 @@ class Stepper:
         known = self._checked.get(group_index, ())
         changeable = isinstance(group["lr"], Tensor) or not isinstance(group["betas"], tuple)
         if changeable or len(known) != len(values) or any(map(operator.is_not, values, known)):
-            settings.check_group(group, f"param group {group_index}")
+            settings.check_group(group, f"param group {group_index}", capturable=self.capturable)
             self._checked[group_index] = values
 
     def _checked_state(
@@ -160,6 +168,8 @@ class Stepper:
         """The state of a parameter that can be stepped with this gradient, and what is known of it."""
         # Not states[param], which would leave an empty entry behind.
         state: dict[str, Tensor] | None = states.get(param) or None
+        if self.capturable and state is not None and state["step"].is_cpu:  # of a load, or just made
+            state["step"] = state["step"].to(param.device)
         prepared = self._prepared.get(param)
         known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
         if not known:
@@ -178,13 +188,13 @@ class Stepper:
             prepared = None
             if state is not None and not _keeps_another(state, master):
                 prepared = self._prepared[param] = _prepared(
-                    param, state, moments, label, partition, master, self.home_of(param)
+                    param, state, moments, label, partition, master, self.home_of(param), self.counted_on(param)
                 )
             elif state is not None:
                 held = master_of(state)
                 span = None if is_dtensor(param) else partition.span(param)
                 check_state(state, param.shape, moments, label, span, None if held is None else held.dtype)
-                inputs.check_devices(state, self.home_of(param), label)
+                inputs.check_devices(state, self.home_of(param), self.counted_on(param), label)
         return state, prepared
 
     # ---------------------------------------------------------------- state
@@ -215,8 +225,10 @@ class Stepper:
         complete = []
         for task in tasks:
             if task.prepared is None:
-                param, state, home = task.param, states[task.param], self.home_of(task.param)
-                prepared = _prepared(param, state, task.moments, task.label, partition, task.master, home)
+                param, state = task.param, states[task.param]
+                home, counted = self.home_of(param), self.counted_on(param)
+                state["step"] = state["step"].to(counted)
+                prepared = _prepared(param, state, task.moments, task.label, partition, task.master, home, counted)
                 self._prepared[param] = prepared
                 task = task._replace(state=state, prepared=prepared)
             complete.append(task)
@@ -248,7 +260,7 @@ def refuse_capture() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
-            "accepted: steps outside of captures"
+            "accepted: capturable=True, given to the optimizer's constructor, or steps outside of captures"
         )
 
 
@@ -268,8 +280,9 @@ def _prepared(
     partition: Partition,
     master: torch.dtype | None,
     home: torch.device,
+    counted: torch.device,
 ) -> Prepared:
-    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param), master, home)
+    return Prepared(param, state, moments, label, partition.layout(param), partition.span(param), master, home, counted)
 
 
 def label_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -293,6 +306,46 @@ def _check_finite(param: Tensor, grad: Tensor, grad_factor: float, partition: Pa
             f"{label}: {count} of {grad.numel()} gradient elements are not finite; accepted with "
             'nonfinite="error": finite gradients'
         )
+
+
+class _Records:
+    """The hyperparameters of a param group's next steps, a record for each step number."""
+
+    def __init__(
+        self, group: dict[str, Any], grad_factor: float | Tensor, found_inf: float | Tensor, capturable: bool
+    ) -> None:
+        self._group = group
+        self._by_step: dict[int, StepScalars] = {}
+        self._on_device: tuple[DeviceSettings, DeviceRates] | None = None
+        if capturable:
+            self._on_device = (_device_settings(group), DeviceRates(group["lr"], grad_factor, found_inf))
+        else:
+            assert isinstance(grad_factor, float)
+            self._lr, self._grad_factor = float(group["lr"]), grad_factor
+
+    def next_of(
+        self, state: Mapping[str, Tensor] | None, label: str
+    ) -> StepScalars | tuple[DeviceSettings, DeviceRates]:
+        """Of a parameter's state; None before its first step."""
+        if self._on_device is not None:
+            return self._on_device
+        step = int(state["step"]) + 1 if state else 1
+        if step not in self._by_step:
+            self._by_step[step] = _scalars(self._group, self._lr, step, self._grad_factor, label)
+        return self._by_step[step]
+
+
+def _device_settings(group: Mapping[str, Any]) -> DeviceSettings:
+    return DeviceSettings(
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        stochastic=group["low_precision_update"] == "stochastic",
+        skip_nonfinite=group["nonfinite"] == "skip",
+        seed=group["seed"],
+    )
 
 
 def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, label: str) -> StepScalars:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import kernels
-from lowmem_adam.kernels.fragment import Fragment, StepScalars, Work
+from lowmem_adam.kernels.fragment import AnyWork, DeviceRates, DeviceSettings, DeviceStep, Fragment, StepScalars
+from lowmem_adam.local import local
 from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks, on_device
 from lowmem_adam.prepared import Prepared
 from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
@@ -31,7 +32,8 @@ class Task(NamedTuple):
     moments: str
     master: torch.dtype | None
     backend: str
-    scalars: StepScalars
+    scalars: StepScalars | tuple[DeviceSettings, DeviceRates]
+    """Of the step to be taken; where the device counts steps, what is known of it here."""
     label: str
     state: Mapping[str, Tensor] | None
     """None before its first step."""
@@ -73,7 +75,11 @@ def count(tasks: Iterable[Task]) -> None:
     """Write down that parameters have taken their step."""
     for task in tasks:
         assert task.state is not None
-        task.state["step"].fill_(task.scalars.step)
+        if isinstance(task.scalars, StepScalars):
+            task.state["step"].fill_(task.scalars.step)
+        elif task.param.numel() == 0:  # others were counted on their device by what stepped them
+            found_inf = task.scalars[1].found_inf
+            task.state["step"] += found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else 1
 
 
 class Flow:
@@ -162,7 +168,7 @@ def _part(piece: Piece, task: Task) -> Part:
 
 
 def _step(stage: Stage, skipped: Skipped) -> None:
-    calls: dict[tuple[str, torch.device], list[Work]] = {}
+    calls: dict[tuple[str, torch.device], list[AnyWork]] = {}
     copies: list[tuple[Piece, Tensor]] = []
     if stage.passage is not None:
         stage.passage.wait()
@@ -170,13 +176,24 @@ def _step(stage: Stage, skipped: Skipped) -> None:
         fragment = _fragment(piece, task, None if stage.passage is None else stage.passage.fetched[index])
         if fragment.cache is None:
             copies.append((piece, fragment.param))
-        calls.setdefault((task.backend, fragment.param.device), []).append((fragment, task.scalars))
+        calls.setdefault((task.backend, fragment.param.device), []).append((fragment, _scalars(task)))
     for (backend, device), fragments in calls.items():
-        skipped[device] = skipped.get(device, 0) + kernels.BACKENDS[backend](fragments)
+        left_out = kernels.BACKENDS[backend](fragments)
+        if isinstance(held := skipped.get(device, 0), Tensor):
+            held += left_out  # in place, as a CUDA graph does it again
+        else:
+            skipped[device] = held + left_out
     if stage.passage is not None:
         stage.passage.send_back()
     for piece, values in copies:
         write(piece.param, piece.start, piece.stop, values)
+
+
+def _scalars(task: Task) -> StepScalars | DeviceStep:
+    if isinstance(task.scalars, StepScalars):
+        return task.scalars
+    assert task.state is not None
+    return DeviceStep(local(task.state["step"]), *task.scalars)
 
 
 def _fragment(piece: Piece, task: Task, fetched: tuple[Tensor, Tensor] | None) -> Fragment:

@@ -24,6 +24,7 @@ RANKS = {
     "making": 3,
     "stepping": 3,
     "updating": 3,
+    "compiled": 3,
     "resharding": 3,
     "reduction": 3,
     "saving": 3,

@@ -4,6 +4,7 @@ bit with the reference after every step.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -384,6 +385,30 @@ def one_step(
 ) -> Case:
     master = random_master(param, changes, step) if step > 1 else zero_master(param, changes)
     return Case(whole(param, grad, moments, master, layout), [(grad, scalars(step, **changes))])
+
+
+def hostile(
+    changes: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], moments: str, cols: int = 150, every: int = 1
+) -> Case:
+    """A row for every pair of kinds; after two steps rows go on with another kind of gradient.
+
+    ``cols`` in a row, 128 and 22 by default; with ``every``, only one of so many pairs has a row.
+    """
+    kinds = list(itertools.product(GRADIENTS, WEIGHTS))[::every]
+    weights = rows_of([weight for _, weight in kinds], WEIGHTS, cols, dtypes[0], 1)
+    steps = []
+    master = random_master(weights, changes, 3)
+    for step in range(3):
+        shift = step // 2 * len(WEIGHTS)
+        shifted = [kinds[(row + shift) % len(kinds)][0] for row in range(len(kinds))]
+        grad = rows_of(shifted, GRADIENTS, cols, dtypes[1], 2, step)
+        steps.append((grad, scalars(step + 1, **changes)))
+    return Case(whole(weights, steps[0][0], moments, master), steps)
+
+
+def all_halves(dtype: torch.dtype) -> Tensor:
+    """Every number of 16 bits."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(512, 128)
 
 
 def mixed_work(count: int, seed: int, shapes: Callable[[random.Random, int], tuple[int, ...]]) -> list[Case]:

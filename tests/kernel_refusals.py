@@ -15,6 +15,7 @@ from lowmem_adam.codec import FORMAT
 from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import cpu
 from lowmem_adam.kernels.fragment import Fragment, Work
+from lowmem_adam.kernels.records import RECORD
 from tests.kernel_cases import random_moments, whole
 
 
@@ -145,7 +146,7 @@ def fake_library_source() -> str:
     """A library with interface version FAKE_ABI, the format's constants but for bits FAKE_FLIP of word FAKE_WORD, and
     without a step.
     """
-    form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=cpu._SCALARS.size)
+    form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=RECORD.size)
     for name, *_ in cpu._Format._fields_[2:]:
         value = getattr(FORMAT, name)
         setattr(form, name, (ctypes.c_uint32 * 2)(*value) if isinstance(value, tuple) else value)

@@ -22,12 +22,12 @@ stage mypy
 tests=(python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 stage "${tests[@]}" "$@"
 # Once more as on a machine without a compiler. What says nothing about the step need not be run again, nor what calls the
-# reference itself, nor the parity of trainings, as the reference takes the same bits (test_cpu_kernel.py).
+# reference itself, nor the parity of trainings and of free runs, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
-    bench_sharding bench_offload shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
+    bench_sharding bench_offload bench_gpu shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
     offload out_of_memory in_backward in_backward_ranks \
-    in_backward_refusals reference rounding codec layout peer_formats parity_short; do
+    in_backward_refusals reference rounding codec layout peer_formats peer_free_running parity_short; do
     again+=(--ignore "tests/test_$name.py")
 done
 # Nor, in other files, loads of what any number of ranks saved (test_dtensor.py loads shards), resumed launches, launches

@@ -25,9 +25,11 @@ from tests.kernel_cases import (
     UPDATES,
     Case,
     Snapshot,
+    all_halves,
     assert_same,
     differences,
     every_other,
+    hostile,
     in_order,
     mixed_work,
     native,
@@ -51,20 +53,6 @@ every_pair = pytest.mark.parametrize(
 )
 every_update = pytest.mark.parametrize("update", UPDATES)
 all_moments = pytest.mark.parametrize("moments", cases.MOMENTS)
-
-
-def hostile(changes: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], moments: str) -> Case:
-    """A row for every pair of kinds; after two steps rows go on with another kind of gradient. 128 and 22 elements."""
-    kinds, cols = list(itertools.product(cases.GRADIENTS, cases.WEIGHTS)), 150
-    weights = cases.rows_of([weight for _, weight in kinds], cases.WEIGHTS, cols, dtypes[0], 1)
-    steps = []
-    master = cases.random_master(weights, changes, 3)
-    for step in range(3):
-        shift = step // 2 * len(cases.WEIGHTS)
-        shifted = [kinds[(row + shift) % len(kinds)][0] for row in range(len(kinds))]
-        grad = cases.rows_of(shifted, cases.GRADIENTS, cols, dtypes[1], 2, step)
-        steps.append((grad, scalars(step + 1, **changes)))
-    return Case(whole(weights, steps[0][0], moments, master), steps)
 
 
 @functools.lru_cache(maxsize=2)
@@ -141,10 +129,6 @@ def test_all_values_of_metadata(nonfinite: str, dtype: torch.dtype, isa: str) ->
     moments = CodedMoments(ratio, root, (pairs >> 8).to(torch.uint8), (pairs & 255).to(torch.uint8))
     grad = torch.randn(rows, 5, generator=drawn).to(dtype)
     assert_native_same(one_step(torch.ones(rows, 5, dtype=dtype), grad, moments, nonfinite=nonfinite), isa)
-
-
-def all_halves(dtype: torch.dtype) -> Tensor:
-    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(512, 128)
 
 
 @every_isa

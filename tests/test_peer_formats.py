@@ -19,6 +19,7 @@ from benchmarks.peer_formats import (
     torchao_format,
 )
 from tests.oracle import TextbookAdam
+from tests.peer_cases import Exact, allowed_bnb8bit, mixed_gradients
 
 KEYS = {"exp_avg": True, "exp_avg_sq": False}
 
@@ -134,3 +135,30 @@ def test_oracle_agrees_with_torch_in_float64(torch_class: type, decoupled: bool,
         oracle.step(param.grad)
     torch.testing.assert_close(param.detach(), oracle.param, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(optimizer.state[param]["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("make", "holds"), [(bitsandbytes_format, True), (torchao_format, True), (Linear, False)])
+def test_the_bounds_on_a_step_of_bitsandbytes_format_hold_for_it_and_not_for_another(make: type, holds: bool) -> None:
+    """Those of tests/peer_cases.py, as the scenarios ask them of ours: all elements, at each step, all gradients."""
+    param = torch.nn.Parameter(torch.randn(42, 300, generator=torch.Generator().manual_seed(2)))
+    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+    optimizer = FormatAdamW([param], make, **settings)
+    grad_at = mixed_gradients(42, 300, 30, torch.float32, "cpu")
+
+    def held() -> tuple[torch.Tensor, ...]:
+        coded = optimizer.coder.decode(optimizer.state[param]["coded"])
+        return tuple(values.double().view_as(param) for values in coded)
+
+    outside = 0
+    for t in range(1, 31):
+        oracle = TextbookAdam(param, **settings)
+        oracle.t = t - 1
+        if t > 1:
+            oracle.exp_avg, oracle.exp_avg_sq = held()
+        param.grad = grad_at(t - 1)
+        exact = Exact.step(oracle, param.grad)
+        optimizer.step()
+        exp_avg, exp_avg_sq = held()
+        first, root = allowed_bnb8bit(exact)
+        outside += int((~first.holds(exp_avg) | ~root.holds(exp_avg_sq.sqrt())).sum())
+    assert (outside == 0) == holds

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_adam.kernels import bitsandbytes, cpu, reference
-from lowmem_adam.kernels.fragment import Work
+from lowmem_adam.kernels import bitsandbytes, cpu, reference, triton
 from lowmem_adam.layout import FLAT
 
-Backend = Callable[[Sequence[Work]], Tensor | int]
+Backend = Callable[[Sequence[Any]], Tensor | int]
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu.adam_step_,
+    "triton": triton.adam_step_,
     "reference": reference.adam_steps_,
     "bitsandbytes": bitsandbytes.adam_steps_,
 }
@@ -41,22 +41,30 @@ def choose(
         dtype: of the parameters; None for float32.
 
     Raises:
-        LibraryError: ``"cpu"``, and the native library cannot be loaded; ``"bitsandbytes"``, and it cannot be imported.
-        ValueError: ``"cpu"`` for parameters elsewhere; ``"bitsandbytes"`` for what it cannot do, and what it alone can.
+        LibraryError: ``"cpu"``, and the native library cannot be loaded.
+        TritonError: ``"triton"``, and it is not installed.
+        RuntimeError: ``"bitsandbytes"``, and it cannot be imported.
+        ValueError: ``"cpu"`` or ``"triton"`` for parameters elsewhere; ``"bitsandbytes"`` or ``"triton"`` for what it
+            cannot do.
     """
+    dtype = dtype or torch.float32
     flat = group is not None and group["moments"] == FLAT
     if backend == "bitsandbytes":
-        bitsandbytes.check(group, dtype or torch.float32)
-    elif backend == "triton" and flat:
+        bitsandbytes.check(group, dtype)
+    if backend == "triton" and flat:
         raise ValueError(f'backend is {backend!r} and moments is {FLAT!r}; accepted: None, "bitsandbytes", "reference"')
-    elif backend is None and flat and device.type == "cuda" and bitsandbytes.can_step(group, dtype or torch.float32):
-        return "bitsandbytes"
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f'backend is "cpu" for a parameter on {device}; accepted: parameters on the CPU')
         cpu.load()
+    if backend == "triton":
+        triton.check_available(device)
     if backend is not None:
         return backend
+    if device.type == "cuda" and flat:
+        return "bitsandbytes" if bitsandbytes.can_step(group, dtype) else "reference"
+    if device.type == "cuda" and _triton_or_warning():
+        return "triton"
     return "cpu" if device.type == "cpu" and _native_or_warning() else "reference"
 
 
@@ -74,6 +82,20 @@ def of_gradient(chosen: str, backend: str | None, param: Tensor, grad: Tensor, l
             'its parameter, or backend="reference"'
         )
     return "reference"
+
+
+@functools.cache
+def _triton_or_warning() -> bool:
+    """Whether Triton is installed; where it is not, one warning says what that costs."""
+    if triton.available(torch.device("cuda")):
+        return True
+    warnings.warn(
+        "Triton is not installed; steps on CUDA devices take the reference backend, which is many times slower and "
+        "needs more memory. It comes with torch for CUDA and ROCm on Linux; on Windows it is triton-windows.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import struct
 import sys
@@ -20,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_adam.codec import FORMAT, SMALLEST_NORMAL, mix32
+from lowmem_adam.codec import FORMAT
 from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, StepScalars, Work
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, Work
+from lowmem_adam.kernels.records import RECORD, pack
 from lowmem_adam.layout import BLOCK_SIZE, FLAT_BLOCK_SIZE
 
 ABI_VERSION = 3
@@ -32,6 +32,7 @@ ISAS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets by the numbers that the library has for them."""
 
 _BEST = -1
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASTER_KINDS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
 _BLOCK_SIZES = {
@@ -45,10 +46,6 @@ _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 
 # Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span, absmax1, absmax2; master and its
 # kind; rows, cols, block_size, first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQQQ Qq qqqqqq")
-# Nine float32, as such or by their bits, two flags, seed and step: struct lowmem_adam_scalars.
-_SCALARS = struct.Struct("9f ii II")
-_SCALARS_BY_BITS = struct.Struct("9I ii II")
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class LibraryError(RuntimeError):
@@ -159,7 +156,7 @@ def _declared(handle: ctypes.CDLL, path: Path) -> ctypes.CDLL:
 
 def _check_format(compiled: _Format, path: Path) -> None:
     """The one description of the format is ``codec.FORMAT``: a library compiled from another one is refused."""
-    expected: dict[str, object] = {"fragment_bytes": _FRAGMENT.size, "scalars_bytes": _SCALARS.size}
+    expected: dict[str, object] = {"fragment_bytes": _FRAGMENT.size, "scalars_bytes": RECORD.size}
     for field in _Format._fields_:
         name = field[0]
         value = getattr(compiled, name)
@@ -260,7 +257,7 @@ class _Packed:
             index = index_of.get(id(scalars))
             if index is None:
                 index = index_of[id(scalars)] = len(index_of)
-                records += _pack_scalars(scalars)
+                records += pack(scalars)
             _FRAGMENT.pack_into(fragments, offset, *place.param.packed, *grad.packed, *place.rest, index)
             offset += _FRAGMENT.size
         self.count, self.scalars_count = offset // _FRAGMENT.size, len(index_of)
@@ -292,7 +289,7 @@ class _FragmentPlace:
     __slots__ = ("numel", "param", "rest")
 
     def __init__(self, fragment: Fragment) -> None:
-        _check(fragment)
+        check(fragment, _CPU)
         moments, layout = fragment.moments, fragment.layout
         self.numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
         self.param = _Place(fragment.param)
@@ -335,35 +332,18 @@ def merged_dimensions(tensor: Tensor) -> list[tuple[int, int]]:
     return merged or [(1, 1)]
 
 
-def _pack_scalars(s: StepScalars) -> bytes:
-    factor = -s.grad_scale if s.maximize else s.grad_scale
-    betas = (s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2)
-    rates = (s.eps, s.weight_decay, s.shrink, s.step_size, factor)
-    values = (*betas, *rates)
-    rest = (s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF)
-    if all(value == 0.0 or SMALLEST_NORMAL <= abs(value) <= _FLOAT32_MAX for value in values):
-        return _SCALARS.pack(*values, *rest)
-    return _SCALARS_BY_BITS.pack(*map(_float32_bits, values), *rest)
+def check(fragment: Fragment, device: torch.device) -> None:
+    """Check everything about parameter, moments and master that a kernel takes on trust.
 
-
-def _float32_bits(value: float) -> int:
-    """The bits of a double rounded to float32, infinite beyond its range.
-
-    What becomes subnormal is rounded in integers: under ``torch.set_flush_denormal(True)`` a conversion would lose it.
+    Raises:
+        ValueError: another device, dtype or size, or moments that are not contiguous.
     """
-    if abs(value) < SMALLEST_NORMAL:
-        return round(abs(value) * 2.0**149) | (0x80000000 if math.copysign(1.0, value) < 0 else 0)
-    return int.from_bytes(bytes(ctypes.c_float(value)), sys.byteorder)
-
-
-def _check(fragment: Fragment) -> None:
-    """Everything about parameter, moments and master that the library takes on trust."""
     param, moments, layout = fragment.param, fragment.moments, fragment.layout
     numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
-    if param.dtype not in _DTYPES or param.numel() != numel or not param.is_cpu:
+    if param.dtype not in _DTYPES or param.numel() != numel or param.device != device:
         raise ValueError(
             f"parameter of dtype {param.dtype} has {param.numel()} elements on {param.device}; "
-            f"accepted: {', '.join(map(str, _DTYPES))}, {numel}, cpu"
+            f"accepted: {', '.join(map(str, _DTYPES))}, {numel}, {device}"
         )
     blocks = fragment.end_block - fragment.first_block
     held: tuple[tuple[str, torch.dtype, int], ...]
@@ -399,8 +379,9 @@ def _check(fragment: Fragment) -> None:
             )
         held, tensors = (*held, ("master", master.dtype, numel)), (*moments, master)
     for (name, dtype, elements), tensor in zip(held, tensors, strict=True):
-        if tensor.dtype != dtype or tensor.numel() != elements or not tensor.is_contiguous() or not tensor.is_cpu:
+        placed = tensor.is_contiguous() and tensor.device == device
+        if tensor.dtype != dtype or tensor.numel() != elements or not placed:
             raise ValueError(
                 f"{name} of dtype {tensor.dtype} has {tensor.numel()} elements on {tensor.device}, contiguous: "
-                f"{tensor.is_contiguous()}; accepted: {dtype}, {elements}, cpu, contiguous"
+                f"{tensor.is_contiguous()}; accepted: {dtype}, {elements}, {device}, contiguous"
             )

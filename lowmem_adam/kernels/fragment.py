@@ -72,6 +72,22 @@ class Fragment(NamedTuple):
     master: Tensor | None = None
 
 
+def l2_decay(weight_decay: float) -> float:
+    """A coefficient, or 0 where float32 rounds it to zero: that is no decay, also of an infinite weight."""
+    return 0.0 if weight_decay <= 2.0**-150 else weight_decay
+
+
+def power(base: float, exponent: int) -> float:
+    """A whole power by squaring: the same bits wherever doubles are multiplied, which no library's ``pow`` promises."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class StepScalars:
     """Hyperparameters of one step of one parameter, bias corrections included.
@@ -121,15 +137,14 @@ class StepScalars:
     ) -> StepScalars:
         """The record of step number ``step`` (the first is 1) from a param group's settings."""
         beta1, beta2 = betas
-        root_correction = math.sqrt(1.0 - beta2**step)
+        root_correction = math.sqrt(1.0 - power(beta2, step))
         return cls(
             beta1=beta1,
             beta2=beta2,
             eps=eps * root_correction,
-            # What float32 rounds to zero is no decay, also of an infinite weight.
-            weight_decay=0.0 if decoupled or weight_decay <= 2.0**-150 else weight_decay,
+            weight_decay=0.0 if decoupled else l2_decay(weight_decay),
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
-            step_size=lr * root_correction / (1.0 - beta1**step),
+            step_size=lr * root_correction / (1.0 - power(beta1, step)),
             grad_scale=grad_scale,
             maximize=maximize,
             stochastic=low_precision_update == "stochastic",
@@ -142,5 +157,49 @@ class StepScalars:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """Settings of a param group whose steps are counted on the device, as a CUDA graph needs it (``capturable``)."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    stochastic: bool
+    skip_nonfinite: bool
+    seed: int
+
+    @property
+    def l2_decay(self) -> float:
+        """``StepScalars.weight_decay``."""
+        return 0.0 if self.decoupled else l2_decay(self.weight_decay)
+
+
+class DeviceRates(NamedTuple):
+    """What changes from step to step; tensors are read on the device, at each replay anew."""
+
+    lr: float | Tensor
+    grad_scale: float | Tensor
+    """Factor of the gradient."""
+    found_inf: float | Tensor
+    """Where it is not 0, nothing is stepped and no step counted."""
+
+
+class DeviceStep(NamedTuple):
+    """A step of which the number is on the device: ``StepScalars`` that a kernel computes, to the same bits."""
+
+    step: Tensor
+    """int64 scalar, the number of steps taken; the kernel counts."""
+    settings: DeviceSettings
+    rates: DeviceRates
+    """The same object for all of a param group."""
+
+
 Work = tuple[Fragment, StepScalars]
 """What a backend steps: a fragment and its hyperparameters."""
+
+DeviceWork = tuple[Fragment, DeviceStep]
+"""The same where the device counts the steps."""
+
+AnyWork = tuple[Fragment, StepScalars | DeviceStep]

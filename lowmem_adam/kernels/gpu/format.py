@@ -1,0 +1,150 @@
+"""The 8-bit format on the device: what ``codec`` says, in its order and with its roundings, for a tile of blocks.
+
+Tiles are ``(blocks, 128)``, what belongs to a block is ``(blocks, 1)``. Divisions and roots are the IEEE ones that
+Triton has by name: its ``/`` and ``sqrt`` are approximations on NVIDIA. Kernels are to be compiled without FP fusion.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lowmem_adam import codec
+from lowmem_adam.codec import FORMAT
+
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+MANTISSA_BITS: tl.constexpr = tl.constexpr(FORMAT.mantissa_bits)
+
+_INTERVALS: tl.constexpr = tl.constexpr(FORMAT.root_intervals)
+_MAX_OCTAVES: tl.constexpr = tl.constexpr(FORMAT.max_octaves)
+_RATIO_SCALE: tl.constexpr = tl.constexpr(float(FORMAT.ratio_scale))
+_RATIO_LIMIT: tl.constexpr = tl.constexpr(float(FORMAT.ratio_limit))
+_ALWAYS_DITHERED: tl.constexpr = tl.constexpr(float(FORMAT.ratio_always_dithered))
+_SEED: tl.constexpr = tl.constexpr(FORMAT.reciprocal_seed)
+_FIRST: tl.constexpr = tl.constexpr(FORMAT.reciprocal_first)
+_SECOND: tl.constexpr = tl.constexpr(FORMAT.reciprocal_second)
+_FOLD: tl.constexpr = tl.constexpr(FORMAT.hash_fold)
+_MULTIPLY_BY: tl.constexpr = tl.constexpr(FORMAT.hash_multipliers[0])
+_THEN_BY: tl.constexpr = tl.constexpr(FORMAT.hash_multipliers[1])
+_SHIFT: tl.constexpr = tl.constexpr(FORMAT.hash_shifts[0])
+_THEN_SHIFT: tl.constexpr = tl.constexpr(FORMAT.hash_shifts[1])
+_LAST_SHIFT: tl.constexpr = tl.constexpr(FORMAT.hash_shifts[2])
+_MOMENT_STEP: tl.constexpr = tl.constexpr(FORMAT.moment_step)
+_MOMENT_LANE: tl.constexpr = tl.constexpr(FORMAT.moment_lane)
+_UPDATE_STEP: tl.constexpr = tl.constexpr(FORMAT.update_step)
+_UPDATE_LANE: tl.constexpr = tl.constexpr(FORMAT.update_lane)
+_UPDATE_KEY: tl.constexpr = tl.constexpr(FORMAT.update_key)
+_SMALLEST_NORMAL: tl.constexpr = tl.constexpr(codec.SMALLEST_NORMAL)
+_LARGEST_ROOT: tl.constexpr = tl.constexpr(codec.LARGEST_ROOT)
+_LARGEST_MOMENT: tl.constexpr = tl.constexpr(codec.LARGEST_MOMENT)
+
+
+@triton.jit
+def float_of(bits):
+    """The float32 of 32 bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_of(x):
+    """The bits of a float32, int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+# ---------------------------------------------------------------- dither
+
+
+@triton.jit
+def _mix32(word):
+    word = (word ^ (word >> _SHIFT)) * _MULTIPLY_BY
+    word = (word ^ (word >> _THEN_SHIFT)) * _THEN_BY
+    return word ^ (word >> _LAST_SHIFT)
+
+
+@triton.jit
+def block_key(block, seed_hash):
+    """``codec.Dither``'s key of block ordinals, int64; uint32, as ``seed_hash``."""
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    return _mix32(low ^ seed_hash ^ (high * _FOLD))
+
+
+@triton.jit
+def moment_words(key, lane, step):
+    """Words of the moments' thresholds, uint32; ``lane`` and ``step`` are uint32."""
+    return (key + step * _MOMENT_STEP) + lane * _MOMENT_LANE
+
+
+@triton.jit
+def update_words(key, lane, step):
+    """Uniform 16-bit integers for the rounding of parameters, int32."""
+    words = (_mix32(key ^ _UPDATE_KEY) + step * _UPDATE_STEP) + lane * _UPDATE_LANE
+    return (words >> 16).to(tl.int32)
+
+
+# ---------------------------------------------------------------- decode
+
+
+@triton.jit
+def _grid_bits(floor, span):
+    """As ``codec._grid_bits``; int32."""
+    return tl.maximum(floor, 1) << MANTISSA_BITS, (tl.maximum(span, 1) << MANTISSA_BITS) // _INTERVALS
+
+
+@triton.jit
+def decode(exp_avg_code, root_code, floor, span):
+    """First moments and roots, float32; codes and metadata are int32."""
+    floor_bits, per_code = _grid_bits(floor, span)
+    root = float_of(tl.where(root_code > 0, root_code * per_code + (floor_bits - per_code), 0))
+    ratio = exp_avg_code.to(tl.float32)
+    return tl.div_rn(ratio, -(tl.abs(ratio) - _RATIO_SCALE)) * root, root
+
+
+# ---------------------------------------------------------------- encode
+
+
+@triton.jit
+def block_grid(root_bits):
+    """Floor and span of blocks, int32, from their roots' bits without signs."""
+    bits = tl.where(root_bits < INFINITY, root_bits, 0)
+    top = tl.max(bits, axis=1, keep_dims=True)
+    bottom = tl.min((bits - 1) & MAGNITUDE, axis=1, keep_dims=True) + 1
+    empty = top == 0
+    top = (top >> MANTISSA_BITS) + 1
+    floor = tl.maximum(tl.maximum(bottom >> MANTISSA_BITS, 1), top - _MAX_OCTAVES)
+    floor = tl.where(empty, 0, floor)
+    return floor, tl.where(empty, 0, tl.maximum(top - floor, 1))
+
+
+@triton.jit
+def encode_root(root_bits, floor, span, words):
+    """Codes of roots, int32, from their bits without signs."""
+    floor_bits, per_code = _grid_bits(floor, span)
+    threshold = float_of(((words >> 9) | 0x3F800000).to(tl.int32))
+    codes_per_bit = tl.div_rn(1.0, per_code.to(tl.float32))
+    code = tl.maximum(root_bits - floor_bits, 0).to(tl.float32) * codes_per_bit + threshold
+    # Positive, so that truncation is the floor.
+    return tl.where(root_bits > 0, tl.minimum(code, _INTERVALS + 1.0).to(tl.int32), 0)
+
+
+@triton.jit
+def _reciprocal(x):
+    # The interpreter wants tensors on the left of constants; -(a - b) is b - a, whatever the rounding.
+    estimate = float_of(-(bits_of(x) - _SEED))
+    estimate = estimate * -(x * estimate - _FIRST)
+    return estimate * -(x * estimate - _SECOND)
+
+
+@triton.jit
+def encode_ratio(exp_avg, root, root_bits, words, nearest):
+    """Codes of first moments, int32; ``nearest`` tells of each block whether small ratios are rounded so."""
+    root = tl.where(root_bits < INFINITY, root, _LARGEST_ROOT)
+    exp_avg = tl.where(exp_avg == exp_avg, exp_avg, 0.0)
+    exp_avg = tl.minimum(tl.maximum(exp_avg, -_LARGEST_MOMENT), _LARGEST_MOMENT)
+    total = tl.abs(exp_avg) + tl.maximum(root, _SMALLEST_NORMAL)
+    code = (exp_avg * _reciprocal(total)) * _RATIO_SCALE
+    threshold = float_of(((words & 0xFFFF) ^ 0x43008000).to(tl.int32))
+    dithered = (tl.abs(code) > _ALWAYS_DITHERED) | (nearest == 0)
+    code = tl.floor(tl.where(dithered, threshold, 128.5) + code) - 128.0
+    return tl.minimum(tl.maximum(code, -_RATIO_LIMIT), _RATIO_LIMIT).to(tl.int32)
