@@ -175,7 +175,29 @@ def test_backend_bitsandbytes_is_its_optimizer_to_the_bit(kind: str, dtype: torc
         assert_same_bits(*(opt.param_groups[0]["params"][index].detach() for opt in (ours, theirs)))
 
 
+@pytest.mark.gpu
+@every_dtype
+@every_gradient
+def test_on_cuda_its_operator_is_chosen_and_gives_its_bits(kind: str, dtype: torch.dtype) -> None:
+    def on_cuda() -> list[Parameter]:
+        return [Parameter(param.detach().cuda()) for param in make_params(SHAPES, dtype)]
+
+    theirs = bitsandbytes().optim.AdamW8bit(on_cuda(), **SETTINGS)
+    ours = AdamW8bit(on_cuda(), **SETTINGS, **THEIRS)
+    assert kernels.choose(None, torch.device("cuda"), ours.param_groups[0], dtype) == "bitsandbytes"
+    for number in range(10):
+        for opt in (theirs, ours):
+            for index, param in enumerate(opt.param_groups[0]["params"]):
+                param.grad = gradient(kind, tuple(param.shape), dtype, index, number).cuda()
+            opt.step()
+    for index in range(len(SHAPES)):
+        here, there = ({key: t.cpu() for key, t in state_of(opt, index).items()} for opt in (ours, theirs))
+        assert_same_bits(here, there)
+        assert_same_bits(*(opt.param_groups[0]["params"][index].detach().cpu() for opt in (ours, theirs)))
+
+
 def test_backend_bitsandbytes_takes_parameters_in_any_order_of_memory() -> None:
+    bitsandbytes()
     values = torch.randn(80, 60, generator=generator(5))
     results = []
     for weight in (values.clone(), values.t().contiguous().t()):
@@ -190,6 +212,7 @@ def test_backend_bitsandbytes_takes_parameters_in_any_order_of_memory() -> None:
 
 
 def test_backend_bitsandbytes_ascends() -> None:
+    bitsandbytes()
     results = []
     for maximize, sign in ((False, 1.0), (True, -1.0)):
         opt = AdamW8bit(make_params(SHAPES), backend="bitsandbytes", maximize=maximize, **THEIRS)
