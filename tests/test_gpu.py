@@ -365,6 +365,7 @@ def one_rank() -> Iterator[None]:
 @pytest.mark.parametrize("keywords", [{}, {"offload": "cpu"}, {"offload": "cpu", "offload_gradients": True}], ids=str)
 def test_fully_sharded_parameters(keywords: dict[str, Any], one_rank: None) -> None:
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     made = []
     for sharded in (False, True):
