@@ -224,8 +224,11 @@ class Adam8bit(GradientOptimizer):
             return loss
         self._watch_gradients()
         partition = self._cut()
-        tasks, made = self._checked(partition)
-        self._stepper.update(self._stepper.begin(tasks, made, self.state, partition), partition)
+        if not (self._agreed and self._stepper.repeat(self.param_groups, self.state, partition, self._grad_factor)):
+            tasks, made = self._checked(partition)
+            tasks = self._stepper.begin(tasks, made, self.state, partition)
+            self._stepper.update(tasks, partition)
+            self._stepper.remember(self.param_groups, self.state, tasks, partition)
         self._consolidated = None
         self._use_up_gradients()
         self._warn_of_skipped()

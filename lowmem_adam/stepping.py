@@ -6,7 +6,7 @@ Works on an optimizer's param groups and state; keeps what it found out about th
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lowmem_adam.kernels.fragment import DeviceRates, DeviceSettings, StepScalar
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
+from lowmem_adam.repeating import Repeat
 from lowmem_adam.shard import Partition, read
 from lowmem_adam.stand_ins import HostGradient, SteppedGradient, local_part, place_like
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
@@ -42,11 +43,15 @@ class Stepper:
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
         self._prepared: dict[Tensor, Prepared] = {}
         self._checked: dict[int, tuple[object, ...]] = {}
+        self._repeat: Repeat | None = None
+        self._stepped: list[int] = []
+        """The parameters of the last step, by identity."""
 
     def forget(self) -> None:
         """Drop what can be found out again, so that tensors that were replaced do not stay in memory."""
         self._prepared.clear()
         self._checked.clear()
+        self._repeat = None
 
     def home_of(self, param: Tensor) -> torch.device:
         """Where a parameter's state lies and is stepped."""
@@ -55,6 +60,59 @@ class Stepper:
     def counted_on(self, param: Tensor) -> torch.device:
         """Where a parameter's steps are counted."""
         return param.device if self.capturable else torch.device("cpu")
+
+    # ---------------------------------------------------------------- all phases at once
+
+    # As of update, below.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def repeat(
+        self,
+        groups: Sequence[dict[str, Any]],
+        states: States,
+        partition: Partition,
+        grad_factor: Callable[[], float | Tensor],
+    ) -> bool:
+        """Take a step that is the last one over again, as ``Repeat`` says; others are left to the phases.
+
+        Args:
+            groups: param groups.
+            states: the state of every parameter that has taken a step.
+            partition: has cut all of these parameters.
+            grad_factor: tells what gradients are multiplied by.
+
+        Returns:
+            Whether the step is taken. If it is not, nothing has changed.
+
+        Raises:
+            ValueError: a setting is not accepted; nothing has changed.
+            RuntimeError: inside of a CUDA graph capture.
+        """
+        repeat = self._repeat
+        if repeat is None:
+            return False
+        refuse_capture()
+        if not repeat.fits(groups, states, partition):
+            self._repeat = None
+            return False
+        factor = grad_factor()
+        scalars: list[StepScalars] = []
+        for group_index, group in enumerate(groups):
+            self._check_settings(group, group_index)
+            records = _Records(group, factor, 0.0, capturable=False)
+            for index, step in repeat.records(group_index):
+                scalars.append(records.at_step(step, label_of(group, group_index, index)))
+        repeat.step(scalars, self.skipped)
+        return True
+
+    def remember(
+        self, groups: Sequence[dict[str, Any]], states: States, tasks: Sequence[Task], partition: Partition
+    ) -> None:
+        """Prepare to ``repeat`` a step that was taken; where it is the second in a row of the same parameters."""
+        stepped = [id(task.param) for task in tasks]
+        again, self._stepped = stepped == self._stepped, stepped
+        if again and self.offload is None and Repeat.can_repeat(tasks, partition):
+            if all(group["nonfinite"] != "error" for group in groups):
+                self._repeat = Repeat(groups, states, tasks, partition)
 
     # ---------------------------------------------------------------- check
 
@@ -321,7 +379,10 @@ class _Records:
         """Of a parameter's state; None before its first step."""
         if self._on_device is not None:
             return self._on_device
-        step = int(state["step"]) + 1 if state else 1
+        return self.at_step(int(state["step"]) + 1 if state else 1, label)
+
+    def at_step(self, step: int, label: str) -> StepScalars:
+        """Of step number ``step``, on the host."""
         if step not in self._by_step:
             self._by_step[step] = _scalars(self._group, self._lr, step, self._grad_factor, label)
         return self._by_step[step]

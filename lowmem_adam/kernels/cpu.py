@@ -12,6 +12,7 @@ import functools
 import os
 import struct
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, Work
+from lowmem_adam.kernels.fragment import Batch, CodedMoments, Fragment, Work
 from lowmem_adam.kernels.records import RECORD, pack
 
 ABI_VERSION = 2
@@ -39,6 +40,8 @@ _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 
 # Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; master and its kind; rows, cols,
 # first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQ Qq qqqqq")
+_GRAD_WORD = 3
+"""Which of a fragment's 8-byte words is its gradient's address."""
 
 
 class LibraryError(RuntimeError):
@@ -192,7 +195,7 @@ def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int
     library = load()
     number = library.isa if isa is None else _isa_number(library, isa)
     threads = torch.get_num_threads() if num_threads is None else num_threads
-    packed = _Packed(work)
+    packed = _packed(work)
     skipped = ctypes.c_int64()
     status = library.handle.lowmem_adam_step(
         packed.fragments, packed.count, packed.scalars, packed.scalars_count, threads, number, ctypes.byref(skipped)
@@ -215,6 +218,21 @@ def _isa_number(library: Library, isa: str) -> int:
     return ISAS.index(isa)
 
 
+def _packed(work: Sequence[Work]) -> _Packed:
+    """Of a batch that is there again, what was packed before, with other addresses and numbers."""
+    if not isinstance(work, Batch):
+        return _Packed(work)
+    packed: _Packed | None = work.kept.get("cpu")
+    if packed is not None:
+        packed.renew(work)
+        return packed
+    packed = _Packed(work)
+    if not packed.left_over:
+        packed.drop_gradients()
+        work.kept["cpu"] = packed
+    return packed
+
+
 class _Packed:
     """Fragments and hyperparameters as the library reads them.
 
@@ -225,6 +243,7 @@ class _Packed:
     def __init__(self, work: Sequence[Work]) -> None:
         self.left_over: list[Work] = []
         self._kept: list[object] = []  # what the library is given addresses of
+        self._gradients: list[Tensor] = []  # likewise
         fragments, records = bytearray(_FRAGMENT.size * len(work)), bytearray()
         index_of: dict[int, int] = {}
         offset = 0
@@ -237,7 +256,8 @@ class _Packed:
             if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS or fragment.param.is_neg():
                 self.left_over.append(item)
                 continue
-            self._kept += (place, grad, grad_tensor)
+            self._kept += (place, grad)
+            self._gradients.append(grad_tensor)
             index = index_of.get(id(scalars))
             if index is None:
                 index = index_of[id(scalars)] = len(index_of)
@@ -247,6 +267,17 @@ class _Packed:
         self.count, self.scalars_count = offset // _FRAGMENT.size, len(index_of)
         self.fragments = (ctypes.c_char * len(fragments)).from_buffer(fragments)
         self.scalars = (ctypes.c_char * len(records)).from_buffer(records)
+        self._words, self._records = fragments, records
+
+    def drop_gradients(self) -> None:
+        """Leave it to the caller to keep gradients as long as the library reads them."""
+        self._gradients.clear()
+
+    def renew(self, batch: Batch) -> None:
+        """Take another batch of the same kind, of which nothing is left over."""
+        words = memoryview(self._words).cast("B").cast("q")
+        words[_GRAD_WORD :: _FRAGMENT.size // words.itemsize] = array("q", batch.addresses)
+        self._records[:] = b"".join(map(pack, batch.records))
 
 
 class _Place:

@@ -28,6 +28,7 @@ from lowmem_adam.codec import mix32
 from lowmem_adam.kernels import cpu, reference
 from lowmem_adam.kernels.fragment import (
     AnyWork,
+    Batch,
     CodedMoments,
     DeviceRates,
     DeviceSettings,
@@ -138,8 +139,16 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
-    """From the first fragment's cache, if it has one and what it keeps is of these fragments."""
-    cache = work[0][0].cache
+    """From the batch, or else the first fragment's cache, if it has one and what it keeps is of these fragments."""
+    if not isinstance(work, Batch):
+        return _plan_in(work[0][0].cache, work, device)
+    plan: Plan | None = work.kept.get("triton")
+    if plan is None or not plan.fits_batch(work):
+        plan = work.kept["triton"] = _plan_in(work[0][0].cache, work, device)
+    return plan
+
+
+def _plan_in(cache: dict[str, Any] | None, work: Sequence[AnyWork], device: torch.device) -> Plan:
     plan: Plan | None = None if cache is None else cache.get("triton")
     if plan is not None and plan.fits(work):
         return plan
@@ -219,6 +228,7 @@ class Plan:
     def __init__(self, work: Sequence[AnyWork], device: torch.device) -> None:
         self._caches = [fragment.cache for fragment, _ in work]
         self._seen = [_seen(fragment.grad, scalars) for fragment, scalars in work]
+        self._aligned = [seen.aligned for seen in self._seen]
         self._device = device
         self.left_over: list[int] = []
         """Places in the work of fragments that kernels cannot walk, for the reference to step."""
@@ -272,10 +282,21 @@ class Plan:
                 return False
         return True
 
+    def fits_batch(self, batch: Batch) -> bool:
+        """Whether it describes another batch of its kind: all but addresses is as it was."""
+        return [address % _ALIGNMENT == 0 for address in batch.addresses] == self._aligned
+
     # ------------------------------------------------------------ what changes
 
     def tables(self, work: Sequence[AnyWork]) -> tuple[Tensor, Tensor, Tensor]:
         """A counter that is zero, the table of gradients, and records; all on the device."""
+        if isinstance(work, Batch):
+            held = b"".join([pack(scalars) + _LIVE for scalars in work.records])
+            return _sent(
+                [(work.addresses[place] + offset, work.rows[place]) for place, offset in self._gradients],
+                held,
+                self._device,
+            )
         addresses = [fragment.grad.data_ptr() for fragment, _ in work]
         gradients = [(addresses[place] + offset, place) for place, offset in self._gradients]
         if self._recipes is None:
