@@ -8,7 +8,7 @@ differs, the step goes through its phases, and these say what is wrong, if anyth
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -92,11 +92,12 @@ class Repeat:
         self._grads: list[Tensor] = []
 
     @staticmethod
-    def can_repeat(tasks: Sequence[Task], partition: Partition) -> bool:
-        """Whether it is a step of one process, of plain tensors whose state is with them, and steps counted here."""
+    def can_repeat(groups: Sequence[dict[str, Any]], tasks: Sequence[Task], partition: Partition) -> bool:
+        """Whether it is a step of one process, of plain tensors, counted here, and not after a look at all values."""
         return (
             partition.world.size == 1
             and len(tasks) > 0
+            and all(group["nonfinite"] != "error" for group in groups)
             and all(
                 is_plain(task.param)
                 and type(task.grad) is Tensor

@@ -110,9 +110,8 @@ class Stepper:
         """Prepare to ``repeat`` a step that was taken; where it is the second in a row of the same parameters."""
         stepped = [id(task.param) for task in tasks]
         again, self._stepped = stepped == self._stepped, stepped
-        if again and self.offload is None and Repeat.can_repeat(tasks, partition):
-            if all(group["nonfinite"] != "error" for group in groups):
-                self._repeat = Repeat(groups, states, tasks, partition)
+        if again and self.offload is None and Repeat.can_repeat(groups, tasks, partition):
+            self._repeat = Repeat(groups, states, tasks, partition)
 
     # ---------------------------------------------------------------- check
 

@@ -19,6 +19,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -320,7 +321,7 @@ _LIVE = (1).to_bytes(4, "little") + bytes(8)
 
 def _sent(gradients: Sequence[tuple[int, int]], records: bytes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """A counter, the table of gradients and records, in one copy to the device."""
-    rows = array("q", (number for row in gradients for number in row)).tobytes()
+    rows = array("q", chain.from_iterable(gradients)).tobytes()
     content = bytearray(_ALIGNMENT) + records + rows
     held = torch.frombuffer(content, dtype=torch.uint8)
     if device.type == "cuda":
