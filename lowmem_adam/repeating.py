@@ -33,7 +33,7 @@ class Record(NamedTuple):
     """Whose hyperparameters are to be known: those of a group's parameters that have taken as many steps."""
 
     group_index: int
-    index: int
+    place: int
     """Of the first of these parameters in the group."""
     task: int
     """Of the first of them among all that are stepped."""
@@ -150,7 +150,7 @@ class Repeat:
         """Of which steps hyperparameters are needed, each with the first parameter of the group that takes it."""
         for record in self._records:
             if record.group_index == group_index:
-                yield record.index, self._steps[record.task] + 1
+                yield record.place, self._steps[record.task] + 1
 
     def step(self, records: Sequence[StepScalars], skipped: Skipped) -> None:
         """Take the step, where ``fits`` has just said that it can be taken.
