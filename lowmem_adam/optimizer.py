@@ -42,6 +42,8 @@ class Adam8bit(GradientOptimizer):
        decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next buckets' steps all ranks
        send one another what they stepped. With ``offload`` buckets pass through buffers of the host.
 
+    A step of one process that is the last one over again, but for values and where gradients lie, is taken at once.
+
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
     least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
 

@@ -28,7 +28,7 @@ States = MutableMapping[Tensor, dict[str, Tensor]]
 
 
 class Stepper:
-    """The phases in their order: ``check``, ``made`` and ``begin``, ``update``."""
+    """The phases in their order: ``check``, ``made`` and ``begin``, ``update``; or ``repeat``, for all of them."""
 
     def __init__(self, offload: Offload | None, gradients: HostGradients | None, capturable: bool = False) -> None:
         self.capturable = capturable
@@ -110,6 +110,7 @@ class Stepper:
         """Prepare to ``repeat`` a step that was taken; where it is the second in a row of the same parameters."""
         stepped = [id(task.param) for task in tasks]
         again, self._stepped = stepped == self._stepped, stepped
+        self._repeat = None
         if again and self.offload is None and Repeat.can_repeat(groups, tasks, partition):
             self._repeat = Repeat(groups, states, tasks, partition)
 

@@ -203,6 +203,10 @@ def _take_out(opt: Any) -> None:
     opt.state.pop(opt.param_groups[0]["params"].pop(0))
 
 
+def _cut_anew(opt: Any) -> None:
+    opt._partition = opt._partition.copied()
+
+
 def _set_step(opt: Any) -> None:
     opt.state[first(opt)]["step"].fill_(100)
 
@@ -273,6 +277,7 @@ CHANGES = {
     "new group": Change(_new_group),
     "parameter in another group": Change(_move_to_other_group),
     "parameter taken out": Change(_take_out),
+    "another cut": Change(_cut_anew),
 }
 
 
