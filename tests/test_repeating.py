@@ -273,6 +273,7 @@ CHANGES = {
     "moments in each other's place": Change(_swap_names),
     "moments under each other's name": Change(_rename),
     "state lost": Change(_lose_state),
+    "last state lost": Change(lambda opt: opt.state.pop(params_of(opt)[-1])),
     "load": Change(_load),
     "new group": Change(_new_group),
     "parameter in another group": Change(_move_to_other_group),
