@@ -46,12 +46,16 @@ class Stepper:
         self._repeat: Repeat | None = None
         self._stepped: list[int] = []
         """The parameters of the last step, by identity."""
+        self._alike = 0
+        """Steps in a row that went through the phases and were of the same parameters as the one before."""
+        self._in_vain = 0
+        """Steps in a row that were prepared to be repeated and were not."""
 
     def forget(self) -> None:
         """Drop what can be found out again, so that tensors that were replaced do not stay in memory."""
         self._prepared.clear()
         self._checked.clear()
-        self._repeat = None
+        self._drop_repeat()
 
     def home_of(self, param: Tensor) -> torch.device:
         """Where a parameter's state lies and is stepped."""
@@ -92,7 +96,7 @@ class Stepper:
             return False
         refuse_capture()
         if not repeat.fits(groups, states, partition):
-            self._repeat = None
+            self._drop_repeat()
             return False
         factor = grad_factor()
         scalars: list[StepScalars] = []
@@ -102,17 +106,29 @@ class Stepper:
             for index, step in repeat.records(group_index):
                 scalars.append(records.at_step(step, label_of(group, group_index, index)))
         repeat.step(scalars, self.skipped)
+        self._in_vain = -1  # the end of this one adds one
         return True
 
     def remember(
         self, groups: Sequence[dict[str, Any]], states: States, tasks: Sequence[Task], partition: Partition
     ) -> None:
-        """Prepare to ``repeat`` a step that was taken; where it is the second in a row of the same parameters."""
+        """Prepare to ``repeat`` a step that was taken, where it is the second in a row of the same parameters.
+
+        That takes as long as half a step: where it was in vain, it is left out of the next step, then of the next
+        three, up to 63.
+        """
+        self._drop_repeat()
         stepped = [id(task.param) for task in tasks]
-        again, self._stepped = stepped == self._stepped, stepped
+        self._alike = self._alike + 1 if stepped == self._stepped else 0
+        self._stepped = stepped
+        wanted = self._alike >= min(2**self._in_vain, 64)
+        if wanted and self.offload is None and Repeat.can_repeat(groups, tasks, partition):
+            self._repeat, self._alike = Repeat(groups, states, tasks, partition), 0
+
+    def _drop_repeat(self) -> None:
+        if self._repeat is not None:
+            self._in_vain += 1
         self._repeat = None
-        if again and self.offload is None and Repeat.can_repeat(groups, tasks, partition):
-            self._repeat = Repeat(groups, states, tasks, partition)
 
     # ---------------------------------------------------------------- check
 

@@ -331,6 +331,22 @@ def test_parameters_in_turn_are_stepped_by_the_phases(repeated: list[bool]) -> N
     assert int(opt.state[first(opt)]["step"]) == 3
 
 
+def test_steps_that_always_change_are_prepared_for_ever_less_often() -> None:
+    opt = optimizer()
+    prepared = []
+    for step in range(40):
+        set_gradients(params_of(opt), step)
+        of_data(Tensor.clone)(opt)
+        opt.step()
+        prepared.append(opt._stepper._repeat is not None)
+    assert [step for step, known in enumerate(prepared) if known] == [1, 3, 7, 15, 31]
+    take(opt, range(40, 80))  # nothing changes any more
+    assert opt._stepper._repeat is not None
+    of_data(Tensor.clone)(opt)
+    opt.step()
+    assert opt._stepper._repeat is not None
+
+
 # ---------------------------------------------------------------- errors
 
 
