@@ -34,22 +34,23 @@ TARGETS = {
 }
 """Processors (A100, H100, B200, MI300) with Triton's names of them."""
 
-PROGRAMS = 3
-"""Programs that are to fit on a multiprocessor at once, by their registers."""
-REGISTERS = {"cuda": 65536 // (PROGRAMS * 4 * 32) // 8 * 8, "hip": 512 // 4}
-"""Most registers of a thread.
-
-NVIDIA's multiprocessor has 65,536 and gives them out by eights: 168 let three programs of four warps in, so that 60 KB
-of fp32 parameters, gradients and codes are on their way at once. By Little's law an H100 needs 3.35 TB/s times some
-800 ns over 132 multiprocessors, 20 KB. AMD's SIMD has 512 for each of its lanes: 128 let four waves in.
-"""
-
 LAYOUTS = ("WHOLE", "ALIGNED", "ANY", "STRIDED")
 """How elements lie in memory, by the kernel's names."""
 WIDE = LAYOUTS[:2]
 """Those of which all accesses are as wide as they can be."""
 SHAPES = {"WHOLE": (64, 512), "ALIGNED": (64, 144), "ANY": (64, 130), "STRIDED": (64, 512)}
 """Of parameters that are stepped so; a strided one is transposed."""
+
+
+REGISTERS = {"cuda": 168, "hip": 128}
+"""Most registers of a thread.
+
+NVIDIA's multiprocessor has 65,536 and gives them out by eights, so with 168 three programs of four warps are there at
+once, with 36 KB of bf16 elements on their way, or 60 KB of fp32. By Little's law an H100 (3.35 TB/s, 132
+multiprocessors) needs 20 KB if memory takes 800 ns. AMD's SIMD has 512 for each of its lanes: with 128, four waves.
+"""
+MOST_REGISTERS = 255
+"""Of a thread, on NVIDIA: what strided parameters may take; two programs are there at once."""
 
 
 class Kernel(NamedTuple):
@@ -109,35 +110,6 @@ class Counted:
         found |= {"flushing": Counter(found["flushing"]), "read": tuple(found["read"])}
         return cls(**found | {"written": tuple(found["written"])})
 
-    # ------------------------------------------------------------ traffic
-
-    @property
-    def elements_of_thread(self) -> int:
-        return self.elements // self.threads
-
-    def widest(self, itemsizes: Sequence[int]) -> Counter[int]:
-        """Fewest accesses of a thread: of 16 bytes, or of all its elements where they are fewer."""
-        fewest: Counter[int] = Counter()
-        for itemsize in itemsizes:
-            width = min(16, itemsize * self.elements_of_thread)
-            fewest[width] += itemsize * self.elements_of_thread // width
-        return fewest
-
-    def apart(self, widths: Counter[int], itemsizes: Sequence[int], coded: bool) -> tuple[Counter[int], int]:
-        """Accesses of elements, and the number of those of metadata, which are single bytes.
-
-        Where elements are accessed one by one, codes are single bytes too: as many as the thread has elements.
-        """
-        if not coded:
-            return widths, 0
-        by_element = 1 in self.widest(itemsizes) or widths[1] > 2 * self.elements_of_thread
-        codes = itemsizes.count(1) * self.elements_of_thread if by_element else 0
-        return Counter({**widths, 1: codes}) + Counter(), widths[1] - codes
-
-    def bytes_of_element(self, widths: Counter[int]) -> float:
-        """Bytes of such accesses of all threads over the program's elements."""
-        return sum(width * count for width, count in widths.items()) / self.elements_of_thread
-
 
 def available() -> bool:
     """Whether Triton is installed."""
@@ -181,6 +153,139 @@ def count_control(target: str, *, fusion: bool) -> Counted:
 # ---------------------------------------------------------------- what must hold
 
 
+class Traffic(NamedTuple):
+    """Accesses of a thread, those of elements apart from those of metadata, which are single bytes."""
+
+    loads: Counter[int]
+    stores: Counter[int]
+    metadata_loads: int
+    """Where a thread has elements of every block, its program loads them, once for all."""
+    metadata_stores: int
+    elements: int
+    """Of a thread."""
+
+    @property
+    def read(self) -> float:
+        """Bytes of an element, without metadata."""
+        return total(self.loads) / self.elements
+
+    @property
+    def written(self) -> float:
+        """Bytes of an element, without metadata."""
+        return total(self.stores) / self.elements
+
+
+def total(widths: Counter[int]) -> int:
+    """Bytes."""
+    return sum(width * count for width, count in widths.items())
+
+
+def traffic(kernel: Kernel, counted: Counted) -> Traffic:
+    """Tell accesses of elements and of metadata apart.
+
+    Where elements are accessed one by one, codes are single bytes as well: one an element of each such tensor.
+    """
+    elements = counted.elements // counted.threads
+
+    def apart(widths: Counter[int], itemsizes: Sequence[int]) -> tuple[Counter[int], int]:
+        codes = 0 if kernel.layout in WIDE else min(widths[1], itemsizes.count(1) * elements)
+        return Counter({**widths, 1: codes}), widths[1] - codes
+
+    loads, metadata_loads = apart(counted.thread_loads, counted.read)
+    stores, metadata_stores = apart(counted.thread_stores, counted.written)
+    return Traffic(+loads, +stores, metadata_loads or counted.program_loads[1], metadata_stores, elements)
+
+
+def widest(itemsizes: Sequence[int], elements: int) -> Counter[int]:
+    """Fewest accesses of a thread: of 16 bytes, or of all its elements where these are fewer."""
+    fewest: Counter[int] = Counter()
+    for itemsize in itemsizes:
+        width = min(16, itemsize * elements)
+        fewest[width] += itemsize * elements // width
+    return fewest
+
+
 def metadata_bytes(kernel: Kernel) -> float:
-    """Of an element, read and again written: two bytes a block."""
+    """Of an element, read and once more written: two bytes a block."""
     return 2 / BLOCK_SIZE if kernel.moments == "8bit" else 0.0
+
+
+def most_registers(kernel: Kernel, target: str) -> int:
+    """The bound."""
+    backend = str(TARGETS[target][0])
+    return MOST_REGISTERS if backend == "cuda" and kernel.layout == "STRIDED" else REGISTERS[backend]
+
+
+def problems(kernel: Kernel, target: str, counted: Counted) -> list[str]:
+    """What does not hold of a kernel, in words."""
+    nvidia = TARGETS[target][0] == "cuda"
+    found = []
+    if counted.spilled:
+        found.append("registers are spilled")
+    if counted.registers > most_registers(kernel, target):
+        found.append(f"{counted.registers} registers, more than {most_registers(kernel, target)}")
+    if counted.fused != counted.asked_to_fuse:
+        found.append(f"{counted.fused} fused multiply-adds where the source has {counted.asked_to_fuse}")
+    if counted.contractible or counted.contractible_before or counted.contraction_changes:
+        found.append("sums and products that may be contracted")
+    if any(not harmless_flush(name) for name in counted.flushing):
+        found.append(f"subnormal numbers are taken for zero: {dict(counted.flushing)}")
+    return found + (traffic_problems(kernel, nvidia, counted) if kernel.name == ADAM else [])
+
+
+def harmless_flush(instruction: str) -> bool:
+    """Floors, whose operands are no subnormal numbers, and estimates for divisions and roots of usual numbers."""
+    return instruction == "cvt.rmi.ftz.f32.f32" or instruction.endswith(".approx.ftz.f32")
+
+
+def traffic_problems(kernel: Kernel, nvidia: bool, counted: Counted) -> list[str]:
+    """What of them concerns loads and stores."""
+    found = []
+    seen = traffic(kernel, counted)
+    if (seen.read, seen.written) != (sum(counted.read), sum(counted.written)):
+        found.append(
+            f"{seen.read:g} bytes of an element are read and {seen.written:g} written, "
+            f"the least are {sum(counted.read)} and {sum(counted.written)}"
+        )
+    if kernel.layout in WIDE:
+        fewest = widest(counted.read, seen.elements), widest(counted.written, seen.elements)
+        if (seen.loads, seen.stores) != fewest:
+            found.append("accesses are not the widest")
+        if nvidia and {*seen.loads, *seen.stores} != {16}:
+            found.append("accesses of fewer than 128 bits")
+    if counted.in_the_binary is False:
+        found.append("the binary has other loads and stores than the PTX")
+    # A thread's elements are all of one block, or each of another.
+    tables = 2 * (1 if kernel.layout in WIDE else seen.elements) if kernel.moments == "8bit" else 0
+    if seen.metadata_loads != tables or seen.metadata_stores != min(tables, 2):
+        found.append(f"{seen.metadata_loads} loads and {seen.metadata_stores} stores of metadata")
+    return found
+
+
+# ---------------------------------------------------------------- kernels
+
+_HALVES = ("bfloat16", "float16")
+_UPDATES = [{"rounding": r} for r in ("stochastic", "nearest")] + [{"master": m} for m in ("float32", "int16", "int8")]
+
+
+def kernels() -> list[Kernel]:
+    """Those that a step launches: all dtypes and ways of keeping weights, then layouts and settings."""
+    of_float32 = [Kernel(moments=moments) for moments in ("8bit", "32bit")]
+    of_halves = [
+        Kernel(param=param, grad=grad, moments=moments, **update)
+        for moments in ("8bit", "32bit")
+        for param in _HALVES
+        for grad in (param, "float32")
+        for update in _UPDATES
+    ]
+    some = [
+        *of_float32,
+        Kernel(param="bfloat16", grad="bfloat16"),
+        Kernel(param="float16", grad="float32", master="int8"),
+        Kernel(param="bfloat16", grad="bfloat16", moments="32bit", master="int16"),
+    ]
+    elsewhere = [kernel._replace(layout=layout) for layout in LAYOUTS[1:] for kernel in some]
+    settings: list[dict[str, Any]] = [{"l2_decay": True}, {"nonfinite": "propagate"}]
+    settings.append({**settings[0], **settings[1]})
+    otherwise = [kernel._replace(**changes) for changes in settings for kernel in some]
+    return [*of_float32, *of_halves, *elsewhere, *otherwise, Kernel(name=RECORD)]

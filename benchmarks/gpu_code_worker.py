@@ -187,7 +187,7 @@ def amd_counts(code: Any) -> dict[str, Any]:
         "fused": counts.amd_fused(assembly),
         "contractible": 0,
         "contraction_changes": None,
-        "flushing": {},
+        "flushing": counts.amd_flushing(assembly),
     }
 
 

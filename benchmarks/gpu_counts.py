@@ -200,19 +200,30 @@ def amd_arithmetic(assembly: str) -> Counter[str]:
     return Counter({name: count for name, count in names.items() if re.match(r"v_.*f(?:16|32|64)", name)})
 
 
-def amd_fused(assembly: str) -> int:
-    """Fused multiply-adds beyond those that a division and a square root are made of.
+_FUSED_PARTS = {"v_div_fixup_f32": 5, "v_sqrt_f32": 2, "v_div_fixup_f64": 5, "v_rsq_f64": 7}
 
-    A float32 division takes five beside its last, ``v_div_fmas_f32``, and a square root two (LLVM's expansions for
-    IEEE 754 results; AMDGPULegalizerInfo.cpp, legalizeFDIV32 and legalizeFSQRTF32).
+
+def amd_fused(assembly: str) -> int:
+    """Fused multiply-adds beyond those that divisions and square roots are made of.
+
+    A float32 division takes five beside its last, ``v_div_fmas``, and a root two; of float64 they take five and seven
+    (LLVM's expansions for IEEE 754 results: AMDGPULegalizerInfo.cpp, legalizeFDIV32, 64 and legalizeFSQRTF32, F64).
+    Those with a constant of 2^32 are of a division of 64-bit integers.
     """
+    fused = 0
+    for name, operands in _AMD.findall(assembly):
+        found = re.match(r"v_(pk_)?(?:fma(?!_legacy)|mad_f|mac_f)\w*", name)
+        if found is not None and not re.search(r"\b0x[4c]f800000\b", operands):
+            fused += 2 if found[1] else 1
     names = amd_arithmetic(assembly)
-    fused = sum(
-        count * (2 if name.startswith("v_pk_") else 1)
-        for name, count in names.items()
-        if re.match(r"v_(?:pk_)?(?:fma|fmac|mad|mac)_f32|v_fma_mix", name) or re.match(r"v_fma(?:c|mk|ak)_f32", name)
-    )
-    return fused - 5 * names["v_div_fixup_f32"] - 2 * names["v_sqrt_f32"]
+    return fused - sum(names[name] * parts for name, parts in _FUSED_PARTS.items())
+
+
+def amd_flushing(assembly: str) -> Counter[str]:
+    """Modes of the kernel in which subnormal numbers are taken for zero; 3 keeps them."""
+    modes = re.findall(r"^\s+\.(amdhsa_float_denorm_mode_\w+) (\d)$", assembly, re.MULTILINE)
+    assert len(modes) == 2, modes
+    return Counter(name for name, mode in modes if mode != "3")
 
 
 def amd_metadata(assembly: str) -> dict[str, int]:
