@@ -87,6 +87,11 @@ class Stepper:
         for group_index, group in enumerate(groups):
             params = enumerate(group["params"])
             tasks += self.check_some(group, group_index, params, states, partition, grad_factor, found_inf)
+        if self.capturable and capturing() and any(task.prepared is None for task in tasks):
+            raise RuntimeError(
+                "the first step of parameters in a CUDA graph capture, which would make their state anew at every "
+                "replay; accepted: captures of a step that was taken a few times before"
+            )
         return tasks
 
     def check_some(
@@ -165,7 +170,7 @@ class Stepper:
         """The state of a parameter that can be stepped with this gradient, and what is known of it."""
         # Not states[param], which would leave an empty entry behind.
         state: dict[str, Tensor] | None = states.get(param) or None
-        if self.capturable and state is not None and state["step"].is_cpu:  # of a load, or just made
+        if self.capturable and state is not None and state["step"].is_cpu and not capturing():  # of a load
             state["step"] = state["step"].to(param.device)
         prepared = self._prepared.get(param)
         known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
@@ -243,13 +248,18 @@ class Stepper:
         updating.update(tasks, partition, self.offload, self.skipped)
 
 
+def capturing() -> bool:
+    """Whether this is inside of a CUDA graph capture."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture() -> None:
     """Refuse to step inside of a CUDA graph capture.
 
     Raises:
         RuntimeError: there is one.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise RuntimeError(
             "step() in a CUDA graph capture would replay one step's learning rate and rounding for ever; "
             "accepted: capturable=True, given to the optimizer's constructor, or steps outside of captures"

@@ -65,7 +65,7 @@ BAD_VALUES: dict[str, tuple[Any, ...]] = {
     "low_precision_update": ("kahan", None, "SPLIT", False),
     "master_bits": (16, 8, 0, -32, 32.0, "24", None, True),
     "nonfinite": ("ignore", True, None),
-    "backend": ("cuda", "", 0, "triton", "bitsandbytes"),
+    "backend": ("cuda", "", 0, "bitsandbytes"),
     "maximize": (1, 0, "no", None),
 }
 BAD_SETTINGS = [(name, value) for name, values in BAD_VALUES.items() for value in values]
@@ -154,7 +154,6 @@ def test_moments_of_a_running_parameter_cannot_change() -> None:
         ("amsgrad", True, TypeError, "AMSGrad"),
         ("fused", True, TypeError, "drop it"),
         ("foreach", True, TypeError, "drop it"),
-        ("capturable", True, TypeError, "drop it"),
         ("differentiable", True, TypeError, "drop it"),
         ("block_wise", True, TypeError, "128"),
         ("optim_bits", 8, TypeError, 'moments="8bit"'),

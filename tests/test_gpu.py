@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,55 @@ from tests.triton_optimizer_cases import *  # noqa: F403
 from tests.triton_optimizer_cases import FEW, results, set_gradients, there
 
 pytestmark = pytest.mark.gpu
+
+
+# ---------------------------------------------------------------- divisions and roots without branches
+
+
+def some_floats(exponents: tuple[int, int], count: int, *key: int) -> Tensor:
+    """Random mantissas, a fourth of them near a power of two, and exponents, of both signs."""
+    drawn = torch.Generator(DEVICE).manual_seed(sum(part << (8 * index) for index, part in enumerate(key)))
+    mantissa = torch.randint(0, 1 << 23, (count,), generator=drawn, device=DEVICE, dtype=torch.int32)
+    near = torch.randint(-4, 4, (count // 4,), generator=drawn, device=DEVICE, dtype=torch.int32) & 0x7FFFFF
+    mantissa[: count // 4] = near
+    exponent = torch.randint(exponents[0], exponents[1], (count,), generator=drawn, device=DEVICE, dtype=torch.int32)
+    sign = torch.randint(0, 2, (count,), generator=drawn, device=DEVICE, dtype=torch.int32) << 31
+    return (mantissa | ((exponent + 127) << 23) | sign).view(torch.float32)
+
+
+def test_the_roots_of_all_usual_floats() -> None:
+    from tests import exact_kernels
+
+    differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    low, high = (127 - 96) << 23, (127 + 96) << 23
+    exact_kernels.roots_kernel[((high - low) // 4096,)](differ, low, BLOCK=4096)
+    exact_kernels.roots_kernel[(1,)](differ, 0, BLOCK=1)
+    assert int(differ) == 0
+
+
+def test_quotients() -> None:
+    """2^31 of those that a step may meet, in all four quarters of exponents, and zeros of both signs."""
+    from tests import exact_kernels
+
+    count, differ = 1 << 26, torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for part in range(32):
+        x = some_floats((-90, -20) if part % 2 else (-20, 50), count, part, 1)
+        y = some_floats((-60, -20) if part % 4 < 2 else (-20, 21), count, part, 2).abs()
+        x[::1000] *= 0.0
+        exact_kernels.quotients_kernel[(count // 4096,)](x, y, differ, INTEGERS=False, BLOCK=4096)
+    assert int(differ) == 0
+
+
+def test_quotients_of_all_codes() -> None:
+    from tests import exact_kernels
+
+    differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    code = torch.arange(-128, 128, device=DEVICE, dtype=torch.float32)
+    exact_kernels.quotients_kernel[(1,)](code, 143 - code.abs(), differ, INTEGERS=True, BLOCK=256)
+    assert int(differ) == 0
+    x, y = torch.meshgrid(code, torch.arange(1, 257, device=DEVICE, dtype=torch.float32), indexing="ij")
+    exact_kernels.quotients_kernel[(16,)](x.contiguous(), y.contiguous(), differ, INTEGERS=True, BLOCK=4096)
+    assert int(differ) == 0
 
 
 # ---------------------------------------------------------------- graphs
@@ -152,7 +200,10 @@ def test_a_training_step_in_a_graph() -> None:
 def test_refusals_in_a_capture() -> None:
     params = there(make_params(FEW))
     with_gradients(params)
-    for capturable, message in ((False, "capturable=True"), (True, "the first step of these parameters")):
+    for capturable, message in (
+        (False, "capturable=True"),
+        (True, "the first step of parameters in a CUDA graph capture"),
+    ):
         opt = AdamW8bit(params, capturable=capturable)
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):
@@ -225,7 +276,7 @@ def test_more_elements_than_32_bits_count() -> None:
         torch.zeros(numel, dtype=torch.uint8, device=DEVICE),
         *(torch.zeros(layout.n_blocks, dtype=torch.uint8, device=DEVICE) for _ in range(2)),
     )
-    places = [(0, 40), (2**24 - 5, 2**24 + 3), (layout.n_blocks - 3, layout.n_blocks)]
+    places = [(0, 40), (2**24 - 5, 2**24), (2**24, layout.n_blocks)]
     param.zero_()
     grad.zero_()
     wanted = []
@@ -314,6 +365,7 @@ def one_rank() -> Iterator[None]:
 @pytest.mark.parametrize("keywords", [{}, {"offload": "cpu"}, {"offload": "cpu", "offload_gradients": True}], ids=str)
 def test_fully_sharded_parameters(keywords: dict[str, Any], one_rank: None) -> None:
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     made = []
     for sharded in (False, True):
@@ -327,11 +379,10 @@ def test_fully_sharded_parameters(keywords: dict[str, Any], one_rank: None) -> N
             opt.zero_grad()
             net(data).square().mean().backward()
             opt.step()
-        made.append(
-            [p.full_tensor() if hasattr(p, "full_tensor") else p for p in copy.deepcopy(list(net.parameters()))]
-        )
-    for a, b in zip(*made, strict=True):
-        assert torch.equal(a.detach().cpu(), b.detach().cpu())
+        whole = [param.detach() for param in net.parameters()]
+        made.append([(w.full_tensor() if isinstance(w, DTensor) else w).cpu() for w in whole])
+    for a, b in zip(made[0], made[1], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sharded_moments_and_a_compiled_step(one_rank: None) -> None:

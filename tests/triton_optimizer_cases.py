@@ -45,7 +45,8 @@ def results(opt: torch.optim.Optimizer) -> dict[str, Any]:
         return [on_cpu(entry) for entry in value] if isinstance(value, list) else value
 
     params = [param for group in opt.param_groups for param in group["params"]]
-    return copied({"params": on_cpu(params), "state": on_cpu(opt.state_dict()["state"])})
+    state = sorted(opt.state_dict()["state"].items())  # which is in the order of first gradients
+    return copied({"params": on_cpu(params), "state": on_cpu(dict(state))})
 
 
 def run(

@@ -120,6 +120,7 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
                 words,
                 skipped,
                 *kind,
+                kind.coded and _is_nvidia(device),
                 num_warps=_step_code().NUM_WARPS,
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference does twice
             )
@@ -131,6 +132,10 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _capturing(device: torch.device) -> bool:

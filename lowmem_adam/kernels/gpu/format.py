@@ -11,6 +11,7 @@ import triton.language as tl
 
 from lowmem_adam import codec
 from lowmem_adam.codec import FORMAT
+from lowmem_adam.kernels.gpu.exact import bits_of, divide_integers, float_of
 
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -38,18 +39,6 @@ _UPDATE_KEY: tl.constexpr = tl.constexpr(FORMAT.update_key)
 _SMALLEST_NORMAL: tl.constexpr = tl.constexpr(codec.SMALLEST_NORMAL)
 _LARGEST_ROOT: tl.constexpr = tl.constexpr(codec.LARGEST_ROOT)
 _LARGEST_MOMENT: tl.constexpr = tl.constexpr(codec.LARGEST_MOMENT)
-
-
-@triton.jit
-def float_of(bits):
-    """The float32 of 32 bits."""
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bits_of(x):
-    """The bits of a float32, int32."""
-    return x.to(tl.int32, bitcast=True)
 
 
 # ---------------------------------------------------------------- dither
@@ -93,26 +82,30 @@ def _grid_bits(floor, span):
 
 
 @triton.jit
-def decode(exp_avg_code, root_code, floor, span):
+def decode(exp_avg_code, root_code, floor, span, FAST: tl.constexpr):
     """First moments and roots, float32; codes and metadata are int32."""
     floor_bits, per_code = _grid_bits(floor, span)
     root = float_of(tl.where(root_code > 0, root_code * per_code + (floor_bits - per_code), 0))
     ratio = exp_avg_code.to(tl.float32)
-    return tl.div_rn(ratio, -(tl.abs(ratio) - _RATIO_SCALE)) * root, root
+    return divide_integers(ratio, -(tl.abs(ratio) - _RATIO_SCALE), FAST) * root, root
 
 
 # ---------------------------------------------------------------- encode
 
 
 @triton.jit
-def block_grid(root_bits):
-    """Floor and span of blocks, int32, from their roots' bits without signs."""
-    bits = tl.where(root_bits < INFINITY, root_bits, 0)
-    top = tl.max(bits, axis=1, keep_dims=True)
-    bottom = tl.min((bits - 1) & MAGNITUDE, axis=1, keep_dims=True) + 1
-    empty = top == 0
-    top = (top >> MANTISSA_BITS) + 1
-    floor = tl.maximum(tl.maximum(bottom >> MANTISSA_BITS, 1), top - _MAX_OCTAVES)
+def extremes(bits):
+    """Of each block the largest of some bits without signs, and the smallest that are not zero or else 2^31 - 1."""
+    smallest = tl.min((bits - 1) & MAGNITUDE, axis=1, keep_dims=True)
+    return tl.max(bits, axis=1, keep_dims=True), tl.where(smallest < MAGNITUDE, smallest + 1, MAGNITUDE)
+
+
+@triton.jit
+def block_grid(largest, smallest):
+    """Floor and span of blocks, int32, from the bits of their largest root and of the smallest that is not zero."""
+    empty = largest == 0
+    top = (largest >> MANTISSA_BITS) + 1
+    floor = tl.maximum(tl.maximum(smallest >> MANTISSA_BITS, 1), top - _MAX_OCTAVES)
     floor = tl.where(empty, 0, floor)
     return floor, tl.where(empty, 0, tl.maximum(top - floor, 1))
 
@@ -137,11 +130,16 @@ def _reciprocal(x):
 
 
 @triton.jit
-def encode_ratio(exp_avg, root, root_bits, words, nearest):
-    """Codes of first moments, int32; ``nearest`` tells of each block whether small ratios are rounded so."""
-    root = tl.where(root_bits < INFINITY, root, _LARGEST_ROOT)
+def finite_moments(exp_avg, root):
+    """What stands for moments and roots that are not finite."""
+    root = tl.where((bits_of(root) & MAGNITUDE) < INFINITY, root, _LARGEST_ROOT)
     exp_avg = tl.where(exp_avg == exp_avg, exp_avg, 0.0)
-    exp_avg = tl.minimum(tl.maximum(exp_avg, -_LARGEST_MOMENT), _LARGEST_MOMENT)
+    return tl.minimum(tl.maximum(exp_avg, -_LARGEST_MOMENT), _LARGEST_MOMENT), root
+
+
+@triton.jit
+def encode_ratio(exp_avg, root, words, nearest):
+    """Codes of finite first moments, int32; ``nearest`` tells of each block whether small ratios are rounded so."""
     total = tl.abs(exp_avg) + tl.maximum(root, _SMALLEST_NORMAL)
     code = (exp_avg * _reciprocal(total)) * _RATIO_SCALE
     threshold = float_of(((words & 0xFFFF) ^ 0x43008000).to(tl.int32))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowmem_adam.kernels.gpu.exact import are_usual, bits_of, divide, float_of, sqrt
 from lowmem_adam.kernels.gpu.format import (
     INFINITY,
     MAGNITUDE,
-    bits_of,
     block_grid,
     block_key,
     decode,
     encode_ratio,
     encode_root,
+    extremes,
+    finite_moments,
     moment_words,
     update_words,
 )
@@ -95,6 +97,12 @@ def _strided(flat, dims):
 
 
 @triton.jit
+def _update(moment, denominator):
+    # Where eps vanishes in float32, an element that never had a gradient would be 0 / 0. It does not move.
+    return tl.where(denominator == 0.0, 0.0, tl.div_rn(moment, denominator))
+
+
+@triton.jit
 def adam_step_kernel(
     programs,  # int32 (programs,): the fragment of each
     fragments,  # int64 (fragments, FRAGMENT_WORDS)
@@ -111,6 +119,7 @@ def adam_step_kernel(
     DECAYS_GRADIENT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """One Adam step on blocks of a fragment, in place."""
     program = tl.program_id(0)
@@ -188,6 +197,7 @@ def adam_step_kernel(
             tl.load(roots + at, mask=mask, other=0).to(tl.int32),
             tl.load(floors, mask=inside, other=0).to(tl.int32),
             tl.load(spans, mask=inside, other=0).to(tl.int32),
+            FAST,
         )
         exp_avg_sq = root * root
     else:
@@ -198,11 +208,28 @@ def adam_step_kernel(
 
     exp_avg_sq = exp_avg_sq * tl.load(record + 2) + (g * tl.load(record + 3)) * g
     exp_avg = exp_avg * tl.load(record) + g * tl.load(record + 1)
-    root = tl.sqrt_rn(exp_avg_sq)
-    denominator = root + tl.load(record + 4)
-    update = tl.div_rn(exp_avg * tl.load(record + 7), denominator)
-    # Where eps vanishes in float32, an element that never had a gradient would be 0 / 0. It does not move.
-    update = tl.where(denominator == 0.0, 0.0, update)
+    eps = tl.load(record + 4)
+    step_size = tl.load(record + 7)
+    if CODED:
+        square_bits = bits_of(exp_avg_sq) & MAGNITUDE
+        largest, smallest = extremes(square_bits)
+        finite_exp_avg = exp_avg
+        usual = 0
+        if FAST:
+            usual = are_usual(exp_avg, largest, smallest, eps, step_size)
+        if usual != 0:
+            root = sqrt(exp_avg_sq, FAST)
+            update = divide(exp_avg * step_size, root + eps, FAST)
+            finite_root = root
+        else:
+            # Lanes beyond a row's end count as zeros, whatever a factor makes of their gradient.
+            square_bits = tl.where(mask & (square_bits < INFINITY), square_bits, 0)
+            largest, smallest = extremes(square_bits)
+            root = tl.where(mask, tl.sqrt_rn(exp_avg_sq), 0.0)
+            update = _update(exp_avg * step_size, root + eps)
+            finite_exp_avg, finite_root = finite_moments(exp_avg, root)
+    else:
+        update = _update(exp_avg * step_size, tl.sqrt_rn(exp_avg_sq) + eps)
     weight = weight * tl.load(record + 6) - update
 
     key = block_key(block, seed_hash)
@@ -216,14 +243,13 @@ def adam_step_kernel(
         tl.store(master + at, kept, mask=write)
 
     if CODED:
+        # Roots are in the order of their squares. Of a block without any, the smallest is not looked at.
+        floor, span = block_grid(bits_of(tl.sqrt_rn(float_of(largest))), bits_of(tl.sqrt_rn(float_of(smallest))))
         root_bits = bits_of(root) & MAGNITUDE
-        # Lanes beyond a row's end are zeros: their gradient is, and decay alone must not make them count.
-        root_bits = tl.where(mask, root_bits, 0)
-        floor, span = block_grid(root_bits)
         dither = moment_words(key, lanes, step)
         nearest = ((block.to(tl.uint32) ^ step) & 1) == 0
         root_code = encode_root(root_bits, floor, span, dither)
-        code = encode_ratio(exp_avg, root, root_bits, dither, nearest)
+        code = encode_ratio(finite_exp_avg, finite_root, dither, nearest)
         tl.store(roots + at, root_code.to(tl.uint8), mask=write)
         tl.store(codes + at, code.to(tl.int8), mask=write)
         tl.store(floors, floor.to(tl.uint8), mask=keep)

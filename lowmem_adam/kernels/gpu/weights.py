@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from lowmem_adam.kernels import rounding
-from lowmem_adam.kernels.gpu.format import INFINITY, MAGNITUDE, bits_of, float_of
+from lowmem_adam.kernels.gpu.exact import bits_of, float_of
+from lowmem_adam.kernels.gpu.format import INFINITY, MAGNITUDE
 
 FLOAT32: tl.constexpr = tl.constexpr(0)
 BFLOAT16: tl.constexpr = tl.constexpr(1)
