@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem_adam.kernels.triton import MOST_REGISTERS
 from lowmem_adam.layout import BLOCK_SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,15 +43,15 @@ SHAPES = {"WHOLE": (64, 512), "ALIGNED": (64, 144), "ANY": (64, 130), "STRIDED":
 """Of parameters that are stepped so; a strided one is transposed."""
 
 
-REGISTERS = {"cuda": 168, "hip": 128}
+REGISTERS = {"cuda": MOST_REGISTERS, "hip": 128}
 """Most registers of a thread.
 
 NVIDIA's multiprocessor has 65,536 and gives them out by eights, so with 168 three programs of four warps are there at
 once, with 36 KB of bf16 elements on their way, or 60 KB of fp32. By Little's law an H100 (3.35 TB/s, 132
 multiprocessors) needs 20 KB if memory takes 800 ns. AMD's SIMD has 512 for each of its lanes: with 128, four waves.
 """
-MOST_REGISTERS = 255
-"""Of a thread, on NVIDIA: what strided parameters may take; two programs are there at once."""
+ALL_REGISTERS = 255
+"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is that of nearly all parameters: two programs at once."""
 
 
 class Kernel(NamedTuple):
@@ -145,9 +146,10 @@ def count(kernels: Sequence[Kernel], target: str) -> list[Counted]:
     return _answers([{"target": target, "kernel": kernel._asdict()} for kernel in kernels])
 
 
-def count_control(target: str, *, fusion: bool) -> Counted:
-    """A kernel of a product and a sum, where they may be contracted or not."""
-    return _answers([{"target": target, "fusion": fusion}])[0]
+def count_controls(target: str) -> dict[str, Counted]:
+    """A kernel of a product and a sum, by where they are contracted. Raises as ``count``."""
+    where = ["nowhere", "in the compiler", *(["in the assembler"] if TARGETS[target][0] == "cuda" else [])]
+    return dict(zip(where, _answers([{"target": target, "contracted": w} for w in where]), strict=True))
 
 
 # ---------------------------------------------------------------- what must hold
@@ -213,7 +215,7 @@ def metadata_bytes(kernel: Kernel) -> float:
 def most_registers(kernel: Kernel, target: str) -> int:
     """The bound."""
     backend = str(TARGETS[target][0])
-    return MOST_REGISTERS if backend == "cuda" and kernel.layout == "STRIDED" else REGISTERS[backend]
+    return ALL_REGISTERS if backend == "cuda" and kernel.layout != "WHOLE" else REGISTERS[backend]
 
 
 def problems(kernel: Kernel, target: str, counted: Counted) -> list[str]:
@@ -265,7 +267,9 @@ def traffic_problems(kernel: Kernel, nvidia: bool, counted: Counted) -> list[str
 # ---------------------------------------------------------------- kernels
 
 _HALVES = ("bfloat16", "float16")
-_UPDATES = [{"rounding": r} for r in ("stochastic", "nearest")] + [{"master": m} for m in ("float32", "int16", "int8")]
+_UPDATES: list[dict[str, Any]] = [{"rounding": r} for r in ("stochastic", "nearest")] + [
+    {"master": m} for m in ("float32", "int16", "int8")
+]
 
 
 def kernels() -> list[Kernel]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -92,32 +93,24 @@ def work_of(kernel: Kernel) -> AnyWork:
     """The fragment and hyperparameters."""
     settings: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "maximize": False, "seed": 1}
     settings["decoupled"] = not kernel.l2_decay
-    if kernel.name != ADAM:
-        flags = {"stochastic": kernel.rounding == "stochastic", "skip_nonfinite": kernel.nonfinite == "skip"}
-        counter = torch.zeros((), dtype=torch.int64)
-        return fragment_of(kernel), DeviceStep(
-            counter, DeviceSettings(**settings, **flags), DeviceRates(1e-3, 1.0, 0.0)
-        )
-    scalars = StepScalars.at_step(
-        1, lr=1e-3, low_precision_update=kernel.rounding, nonfinite=kernel.nonfinite, **settings
-    )
-    return fragment_of(kernel), scalars
+    if kernel.name == ADAM:
+        settings |= {"low_precision_update": kernel.rounding, "nonfinite": kernel.nonfinite}
+        return fragment_of(kernel), StepScalars.at_step(1, lr=1e-3, **settings)
+    settings |= {"stochastic": kernel.rounding == "stochastic", "skip_nonfinite": kernel.nonfinite == "skip"}
+    counter = torch.zeros((), dtype=torch.int64)
+    return fragment_of(kernel), DeviceStep(counter, DeviceSettings(**settings), DeviceRates(1e-3, 1.0, 0.0))
 
 
 def launch_of(kernel: Kernel, nvidia: bool) -> Launch:
     """How a step on a device of that maker launches it."""
     launches: list[Launch] = []
     modules = {"adam_step_kernel": step, "record_kernel": records}
-    patches = [mock.patch.object(m, name, Recorder(getattr(m, name), launches)) for name, m in modules.items()]
-    # Where the host asks whose device it is.
-    patches.append(mock.patch.object(host, "_is_nvidia", lambda device: nvidia, create=True))
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as patched:
+        for name, module in modules.items():
+            patched.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
+        # Where the host asks whose device it is.
+        patched.enter_context(mock.patch.object(host, "_is_nvidia", return_value=nvidia))
         host.adam_step_([work_of(kernel)])
-    finally:
-        for patch in patches:
-            patch.stop()
     [launch] = [launch for launch in launches if launch.kernel.__name__ == kernel.name]
     return launch
 
@@ -149,19 +142,25 @@ def told(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def nvidia_counts(code: Any, capability: int) -> dict[str, Any]:
-    """Of PTX, of what is assembled from it, and of what is assembled where contraction is allowed."""
-    ptx = code.asm["ptx"]
+def assembled(ptx: str, capability: int, contract: bool) -> bytes:
+    """A binary, as Triton's call of the assembler makes it."""
+    [architecture] = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
-        binary, source, free = (str(Path(folder) / name) for name in ("kernel.cubin", "kernel.ptx", "free.cubin"))
-        Path(binary).write_bytes(code.asm["cubin"])
-        Path(source).write_text(ptx)
-        used = counts.resources(told("cuobjdump", "--dump-resource-usage", binary))
-        sass = told("nvdisasm", "-c", binary)
-        assembler = "ptxas" if capability < 90 else "ptxas-blackwell"
-        architecture = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
-        told(assembler, "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={architecture}", source, "-o", free)
-        contracted = told("nvdisasm", "-c", free)
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        options = ["-lineinfo", f"--fmad={str(contract).lower()}", "--regAllocOptLevel=2", f"--gpu-name={architecture}"]
+        told("ptxas" if capability < 90 else "ptxas-blackwell", *options, str(source), "-o", str(binary))
+        return binary.read_bytes()
+
+
+def nvidia_counts(ptx: str, binary: bytes, capability: int) -> dict[str, Any]:
+    """Of PTX, of what is assembled from it, and of what is assembled where contraction is allowed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        used = counts.resources(told("cuobjdump", "--dump-resource-usage", str(path)))
+        sass = told("nvdisasm", "-c", str(path))
+    contracted = assembled(ptx, capability, contract=True)
     accesses = counts.ptx_accesses(ptx)
     return {
         "registers": used["REG"],
@@ -170,7 +169,7 @@ def nvidia_counts(code: Any, capability: int) -> dict[str, Any]:
         "in_the_binary": accesses.all() == counts.sass_accesses(sass),
         "fused": counts.ptx_fused(ptx),
         "contractible": counts.may_be_contracted(ptx).total(),
-        "contraction_changes": counts.sass_operations(sass) != counts.sass_operations(contracted),
+        "contraction_changes": counts.machine_code(binary) != counts.machine_code(contracted),
         "flushing": counts.flushing(ptx),
     }
 
@@ -199,7 +198,7 @@ def counted(code: Any, target: Any) -> dict[str, Any]:
         "threads": threads,
         "asked_to_fuse": counts.explicit_fused(code.asm["ttgir"], threads),
         "contractible_before": counts.llvm_contractible(code.asm["llir"]),
-        **(nvidia_counts(code, target.arch) if nvidia else amd_counts(code)),
+        **(nvidia_counts(code.asm["ptx"], code.asm["cubin"], target.arch) if nvidia else amd_counts(code)),
     }
 
 
@@ -226,17 +225,20 @@ def counts_of(kernel: Kernel, target: Any) -> dict[str, Any]:
 
 
 @triton.jit
-def multiply_add_kernel(x, y, z):
+def multiply_add_kernel(x: Any, y: Any, z: Any) -> None:
     """A product and a sum, for a look at what contraction makes of them."""
     at = tl.arange(0, 1024)
     tl.store(z + at, tl.load(x + at) * tl.load(y + at) + tl.load(z + at))
 
 
-def control(fusion: bool, target: Any) -> dict[str, Any]:
-    """Counts of ``multiply_add_kernel`` where contraction is allowed, or not."""
-    arguments = (torch.zeros(1024),) * 3
-    launch = Launch(multiply_add_kernel, arguments, {"num_warps": 4, "enable_fp_fusion": fusion})
-    found = counted(compiled(launch, target), target)
+def control(contracted: str, target: Any) -> dict[str, Any]:
+    """Counts of ``multiply_add_kernel``, contracted nowhere, in the compiler, or left to the assembler."""
+    options = {"num_warps": 4, "enable_fp_fusion": contracted == "in the compiler"}
+    code = compiled(Launch(multiply_add_kernel, (torch.zeros(1024),) * 3, options), target)
+    found = counted(code, target)
+    if contracted == "in the assembler":
+        ptx = re.sub(r"\b(add|mul)\.rn\.f32", r"\1.f32", code.asm["ptx"])
+        found |= nvidia_counts(ptx, assembled(ptx, target.arch, contract=False), target.arch)
     return {**found, "elements": 1024, "read": [4, 4, 4], "written": [4]}
 
 
@@ -245,8 +247,8 @@ def main() -> None:
     answers = []
     for job in json.load(sys.stdin):
         target = GPUTarget(*TARGETS[job["target"]])
-        if "fusion" in job:
-            answers.append(control(job["fusion"], target))
+        if "contracted" in job:
+            answers.append(control(job["contracted"], target))
         else:
             answers.append(counts_of(Kernel(**job["kernel"]), target))
     json.dump(answers, sys.stdout)

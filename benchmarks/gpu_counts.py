@@ -1,4 +1,4 @@
-"""What compiled kernels do, counted from their text: PTX and SASS for NVIDIA, assembly for AMD, and LLVM's IR before it.
+"""What compiled kernels do, counted from their text: PTX and SASS for NVIDIA, assembly for AMD, LLVM's IR before them.
 
 An access belongs to a thread where its address depends on the thread's number, else to the program: all threads then
 read the same few words of a table. Lines are read in their order; that a register depends on the thread is carried from
@@ -8,6 +8,7 @@ operands to results.
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -31,11 +32,6 @@ class Accesses(NamedTuple):
             for width, count in widths.items():
                 found[name.partition("_")[2], width] += count
         return found
-
-
-def size(widths: Widths) -> int:
-    """Bytes."""
-    return sum(width * count for width, count in widths.items())
 
 
 def _sorted(found: Iterable[tuple[str, int, bool]]) -> Accesses:
@@ -139,6 +135,14 @@ def sass_local(sass: str) -> int:
     return sum(count for name, count in sass_operations(sass).items() if name.startswith(("LDL", "STL")))
 
 
+def machine_code(binary: bytes) -> list[bytes]:
+    """The executable sections of a file in ELF's 64-bit format, without what it tells of how it was made."""
+    first, size, number = *struct.unpack_from("<Q", binary, 0x28), *struct.unpack_from("<HH", binary, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", binary, first + size * index) for index in range(number)]
+    executable = 4
+    return [binary[start : start + length] for _, _, flags, _, start, length in headers if flags & executable]
+
+
 def resources(told: str) -> dict[str, int]:
     """What ``cuobjdump --dump-resource-usage`` says of the one kernel in a file."""
     lines = [line for line in told.splitlines() if "REG:" in line]
@@ -176,19 +180,17 @@ def amd_accesses(assembly: str) -> Accesses:
             operands = [_registers(operand) for operand in text.split(",")]
             access = _AMD_ACCESS.match(name)
             if access is not None:
-                address = operands[1 if access[1] == "load" else 0]
-                if name.startswith("buffer"):
-                    address = operands[1 if access[1] == "load" else 1]
-                depends = not of_thread.isdisjoint(address)
-                yield access[1] + "s", _amd_width(access[2]), depends
-            if re.search(r"_store|^ds_write|^s_(?!.*(?:load|mov|and|or|add|mul|lsh|cselect))|^buffer_(?:wbl|inv)", name):
+                # A store through a plain address has that first, all others their data.
+                address = operands[0 if access[1] == "store" and not name.startswith("buffer") else 1]
+                yield access[1] + "s", _amd_width(access[2]), not of_thread.isdisjoint(address)
+            if "_store_" in name or name.startswith(("ds_write", "s_cmp", "s_bitcmp")):
                 continue
             written, *read = operands
+            if name.startswith(("v_fmac", "v_mac")):
+                read.append(written)
             depends = name.startswith(("v_mbcnt", "ds_")) or any(not of_thread.isdisjoint(r) for r in read)
-            if name.startswith("v_readfirstlane"):
+            if name.startswith("v_readfirstlane"):  # one number for all threads of a wave
                 depends = False
-            if re.search(r"fmac|_mac_", name):
-                depends = depends or not of_thread.isdisjoint(written)
             (of_thread.update if depends else of_thread.difference_update)(written)
 
     return _sorted(found())
