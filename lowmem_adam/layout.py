@@ -4,13 +4,16 @@ A parameter of shape ``(rows, ...)`` is seen as a matrix of ``rows x cols``. Eac
 at most ``BLOCK_SIZE`` consecutive elements; the last block of a row may be shorter and no block straddles
 two rows. A one-dimensional parameter is one row. Blocks are numbered row by row, and that number, the
 block's *ordinal*, is the same whatever rank or fragment handles it.
+
+Under ``moments="bnb8bit"`` a parameter of any shape is one row, in blocks of ``FLAT_BLOCK_SIZE``: bitsandbytes' blocks
+count elements in row-major order whatever the rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BLOCK_SIZE = 128
 """Elements that share one pair of metadata bytes, one dither key and one non-finite decision."""
@@ -22,26 +25,46 @@ MIN_CODED_NUMEL_1D = 65536
 """One-dimensional tensors (norms, biases) keep fp32 moments below this; flat partitions lie above it."""
 
 
-def is_coded(shape: Sequence[int]) -> bool:
+FLAT_BLOCK_SIZE = 256
+"""Elements of a block of bitsandbytes' format, since its version 0.44."""
+
+MIN_FLAT_CODED_NUMEL = 4096
+"""Its ``min_8bit_size``: tensors with fewer elements keep fp32 moments under ``moments="bnb8bit"``, whatever their
+dimensions."""
+
+FLAT = "bnb8bit"
+"""The ``moments`` setting whose blocks lie flat."""
+
+
+def is_coded(shape: Sequence[int], moments: str = "8bit") -> bool:
     """Whether the moments of a parameter of this GLOBAL shape are stored in 8 bits.
 
     Always ask with the global shape: a decision on a rank's local part would differ between ranks and
     change when the world size does.
+
+    Args:
+        shape: of the parameter.
+        moments: the setting of its group, one of those in 8 bits.
     """
     numel = math.prod(shape)
+    if moments == FLAT:
+        return numel >= MIN_FLAT_CODED_NUMEL
     return numel >= (MIN_CODED_NUMEL if len(shape) >= 2 else MIN_CODED_NUMEL_1D)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the blocks of one parameter lie: ``rows`` rows of ``cols`` elements."""
+    """Where the blocks of one parameter lie: ``rows`` rows of ``cols`` elements, in blocks of ``block_size``."""
 
     rows: int
     cols: int
+    block_size: int = field(default=BLOCK_SIZE, kw_only=True)
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> Layout:
-        """The layout of a (global) shape; a scalar is one row of one element."""
+    def of(cls, shape: Sequence[int], moments: str = "8bit") -> Layout:
+        """The layout of a (global) shape under a ``moments`` setting; a scalar is one row of one element."""
+        if moments == FLAT:
+            return cls(1, math.prod(shape), block_size=FLAT_BLOCK_SIZE)
         if len(shape) < 2:
             return cls(1, math.prod(shape))
         return cls(shape[0], math.prod(shape[1:]))
@@ -54,7 +77,7 @@ class Layout:
     @property
     def blocks_per_row(self) -> int:
         """Blocks that one row takes, a shorter last one included."""
-        return -(-self.cols // BLOCK_SIZE)
+        return -(-self.cols // self.block_size)
 
     @property
     def n_blocks(self) -> int:
@@ -66,7 +89,7 @@ class Layout:
         if block == self.n_blocks:
             return self.numel
         row, within = divmod(block, self.blocks_per_row)
-        return row * self.cols + within * BLOCK_SIZE
+        return row * self.cols + within * self.block_size
 
     def tiles(self, first_block: int, end_block: int, max_elements: int) -> Iterator[Tile]:
         """Cover blocks ``[first_block, end_block)`` by tiles of at most about ``max_elements`` elements.
@@ -76,19 +99,19 @@ class Layout:
         """
         per_row = self.blocks_per_row
         rows_per_tile = max(1, max_elements // max(1, self.cols))
-        blocks_per_tile = max(1, max_elements // BLOCK_SIZE)
+        blocks_per_tile = max(1, max_elements // self.block_size)
         block = first_block
         while block < end_block:
             row, within = divmod(block, per_row)
             whole_rows = min(rows_per_tile, (end_block - block) // per_row)
             start = self.block_start(block)
             if within == 0 and whole_rows > 0 and per_row <= blocks_per_tile:
-                yield Tile(whole_rows, self.cols, start, block)
+                yield Tile(whole_rows, self.cols, start, block, block_size=self.block_size)
                 block += whole_rows * per_row
             else:
                 n_blocks = min(blocks_per_tile, per_row - within, end_block - block)
-                stop = min(start + n_blocks * BLOCK_SIZE, (row + 1) * self.cols)
-                yield Tile(1, stop - start, start, block)
+                stop = min(start + n_blocks * self.block_size, (row + 1) * self.cols)
+                yield Tile(1, stop - start, start, block, block_size=self.block_size)
                 block += n_blocks
 
 
@@ -111,7 +134,7 @@ class Tile(Layout):
     @property
     def width(self) -> int:
         """Columns of the tile's block matrix ``(n_blocks, width)``: short rows need no padding to a full block."""
-        return min(self.cols, BLOCK_SIZE)
+        return min(self.cols, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lowmem_adam.layout import BLOCK_SIZE, Layout, is_coded
+from lowmem_adam.layout import BLOCK_SIZE, FLAT, Layout, is_coded
 
 Span = tuple[int, int]
 """Blocks ``[first, end)`` of a layout."""
@@ -58,10 +58,10 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     return local(grad)
 
 
-def place_of(param: Tensor) -> Place:
-    """Which blocks of a parameter this process has."""
+def place_of(param: Tensor, moments: str = "8bit") -> Place:
+    """Which blocks of a parameter this process has under a ``moments`` setting; those of a DTensor keep to rows."""
     if not is_dtensor(param):
-        layout = Layout.of(param.shape)
+        layout = Layout.of(param.shape, moments)
         return Place(layout, (0, layout.n_blocks), tuple(param.shape))
     # Not public, and what torch.distributed.checkpoint itself places DTensors with.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -87,8 +87,13 @@ def check_dtensor(param: Any, moments: str, label: str) -> None:
     """Check that a DTensor is placed in a way that can be stepped.
 
     Raises:
-        ValueError: sums that are not yet taken; 8-bit blocks that a cut would go through.
+        ValueError: sums that are not yet taken; 8-bit blocks that a cut would go through; blocks that lie flat.
     """
+    if moments == FLAT:
+        raise ValueError(
+            f"{label} is a DTensor and moments is {moments!r}, whose blocks do not keep to rows; accepted for "
+            'DTensors: moments="8bit" and moments="32bit"'
+        )
     placements = tuple(param.placements)
     for placement in placements:
         if placement.is_partial():

@@ -36,7 +36,7 @@ def made(
             if task.state is None:
                 out[param] = new_state(param, task.moments, span, task.master, home)
             else:
-                out[param] = refitted(task.state, param, span, task.master, home)
+                out[param] = refitted(task.state, param, task.moments, span, task.master, home)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -62,7 +62,7 @@ def _bytes(task: Task, partition: Partition) -> int:
 def _what_takes_less(task: Task, partition: Partition, home: torch.device) -> str:
     shared = partition.world.size > 1 or is_dtensor(task.param)
     ways = {
-        'moments="8bit"': task.moments != "8bit",
+        'moments="8bit"': task.moments == "32bit",
         'low_precision_update="stochastic"': task.master is not None,
         'offload="cpu"': home.type != "cpu",
         "more ranks that share it": shared,

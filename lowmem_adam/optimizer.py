@@ -14,6 +14,7 @@ from lowmem_adam import agreement, compiled, inputs, kernels, local, master, res
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
+from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.offload import Offload, check_offload, check_offload_gradients
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -53,20 +54,23 @@ class Adam8bit(GradientOptimizer):
         eps: added to the denominator.
         weight_decay: L2 coefficient, added to the gradient.
         maximize: ascend instead of descend.
-        moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code.
+        moments: ``"8bit"``, or ``"32bit"`` for exact fp32 moments through the same code, or ``"bnb8bit"`` for
+            bitsandbytes' format (``lowmem_adam.dynamic_map``), in which its checkpoints go on byte for byte: of all
+            tensors of at least 4,096 elements, in blocks of 256, not of DTensors.
         low_precision_update: how bfloat16 and float16 parameters take updates smaller than their rounding step.
             ``"stochastic"`` lets them add up on average, ``"nearest"`` loses them. With more memory they are kept:
             ``"split"`` keeps beside the parameter what it cannot hold of a float32 weight, in 16 bits an element or in
             8, ``"fp32"`` keeps the whole weight. float32 parameters are stepped alike in all of them.
         master_bits: of the weight that ``"split"`` keeps, 32 or 24, parameter included.
-        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements keeps
-            parameter and moments and is counted in ``stats()``, while the step number counts on; ``"error"``: an
-            error before anything changes; ``"propagate"``: as in torch, the parameter's element becomes NaN (its 8-bit
-            first moment is reset to zero).
+        nonfinite: what a gradient with an infinity or NaN does. ``"skip"``: its block of at most 128 elements (256
+            with ``"bnb8bit"``) keeps parameter and moments and is counted in ``stats()``, while the step number counts
+            on; ``"error"``: an error before anything changes; ``"propagate"``: as in torch, the parameter's element
+            becomes NaN (its 8-bit first moment is reset to zero).
         seed: keys all rounding decisions; equal seeds give equal bits.
         backend: ``None`` for the best there is, ``"cpu"`` for the native kernel, which must be there then,
-            ``"triton"`` for the kernels of CUDA devices, or ``"reference"``. All give the same bits. It is the
-            machine's: a load does not change it.
+            ``"triton"`` for the kernels of CUDA devices, or ``"reference"``. All give the same bits.
+            ``"bitsandbytes"`` is its own operator for ``"bnb8bit"``, which does not. It is the machine's: a load does
+            not change it.
         shard_group: the ranks that share the moments, each of them keeping its part (ZeRO-1): ``"world"`` for the
             default process group, a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for all moments on
             every rank. All ranks must step with the same gradients, as under ``DistributedDataParallel``; any number
@@ -171,7 +175,7 @@ class Adam8bit(GradientOptimizer):
             given = [params] if isinstance(params, Tensor) else params
             inputs.check_params(given, self.param_groups, group["moments"], where)
             for param in (entry[1] if isinstance(entry, tuple) else entry for entry in given):
-                backend = kernels.choose(group["backend"], self._stepper.home_of(param))
+                backend = kernels.choose(group["backend"], self._stepper.home_of(param), group, param.dtype)
                 if self._capturable and backend != "triton":
                     raise ValueError(
                         f"{where}: capturable is True and a parameter on {param.device} is stepped by backend "
@@ -378,8 +382,9 @@ class Adam8bit(GradientOptimizer):
     def _warn_of(self, count: int, stacklevel: int) -> None:
         if count and not self._warned:
             self._warned = True
+            size = FLAT_BLOCK_SIZE if any(g["moments"] == FLAT for g in self.param_groups) else FORMAT.block_size
             warnings.warn(
-                f"non-finite gradients: {count} blocks of at most {FORMAT.block_size} elements kept their "
+                f"non-finite gradients: {count} blocks of at most {size} elements kept their "
                 'parameters and moments; stats()["skipped_blocks"] counts on, nonfinite="error" stops instead',
                 RuntimeWarning,
                 stacklevel=stacklevel,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import inputs
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments
+from lowmem_adam.kernels.fragment import Fragment, FullMoments, Moments
 from lowmem_adam.layout import Layout
 from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.shard import read
@@ -153,14 +153,15 @@ class Prepared:
         origin = self._layout.block_start(self._span[0])
         return self._master.view(-1)[start - origin : stop - origin]
 
-    def _moments_between(self, first_block: int, end_block: int) -> CodedMoments | FullMoments:
+    def _moments_between(self, first_block: int, end_block: int) -> Moments:
         blocks = slice(first_block - self._span[0], end_block - self._span[0])
         origin = self._layout.block_start(self._span[0])
         elements = slice(*(self._layout.block_start(block) - origin for block in (first_block, end_block)))
-        if isinstance(self._moments, CodedMoments):
-            code, root, floor, octaves = (tensor.view(-1) for tensor in self._moments)
-            return CodedMoments(code[elements], root[elements], floor[blocks], octaves[blocks])
-        return FullMoments(*(tensor.view(-1)[elements] for tensor in self._moments))
+        flat = [tensor.view(-1) for tensor in self._moments]
+        if isinstance(self._moments, FullMoments):
+            return FullMoments(*(tensor[elements] for tensor in flat))
+        first, second, *metadata = flat
+        return type(self._moments)(first[elements], second[elements], *(tensor[blocks] for tensor in metadata))
 
 
 def _addresses(param: Tensor, state: Mapping[str, Tensor]) -> list[int]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowmem_adam import saved_state
-from lowmem_adam.layout import Layout
+from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE, Layout
 from lowmem_adam.local import Span, distributed_like, is_dtensor, local, whole_tensor
 from lowmem_adam.shard import Partition
 from lowmem_adam.shard_tensor import ShardTensor
@@ -61,8 +61,8 @@ def as_parts(
         if not tensors:  # left behind where somebody read optimizer.state[param]
             continue
         param = params[key]
-        layout, span = Layout.of(param.shape), partition.span(param)
-        whole = _tensors_like(tensors, param)
+        layout, span = partition.layout(param), partition.span(param)
+        whole = _tensors_like(tensors, param, layout)
         state[key] = {
             name: value
             if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
@@ -93,7 +93,7 @@ def as_whole(
         if not tensors or int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
             continue
         param = params[key]
-        expected = _tensors_like(tensors, param)
+        expected = _tensors_like(tensors, param, partition.layout(param))
         whole[key] = {
             name: value.clone() if name == "step" else _collect(value, name, expected[name][0], param, partition, to)
             for name, value in tensors.items()
@@ -118,7 +118,7 @@ def _collect(
     own: Tensor, name: str, shape: tuple[int, ...], param: Tensor, partition: Partition, to: int
 ) -> Tensor | None:
     """One tensor of one parameter's state, whole, on rank ``to``."""
-    world, layout = partition.world, Layout.of(param.shape)
+    world, layout = partition.world, partition.layout(param)
     carrier = _carrier(own, param, world.group)
     whole = torch.empty(shape, dtype=own.dtype) if world.rank == to else None
     for rank in range(world.size):
@@ -157,18 +157,19 @@ def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Part
             if rank == partition.world.rank or param not in partition:
                 total += sum(local(value).nbytes for value in state.values())
             elif state:
-                expected = _tensors_like(state, param, partition.span(param, rank))
+                expected = _tensors_like(state, param, partition.layout(param), partition.span(param, rank))
                 total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
         totals.append(total)
     return totals
 
 
 def _tensors_like(
-    tensors: Mapping[str, Any], param: Tensor, span: Span | None = None
+    tensors: Mapping[str, Any], param: Tensor, layout: Layout, span: Span | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What state has, of whole parameters or of other blocks, whose settings were those of this state."""
-    moments, master = "8bit" if "exp_avg_code" in tensors else "32bit", master_of(tensors)
-    return expected_tensors(param.shape, moments, span, None if master is None else master.dtype)
+    coded, master = "exp_avg_code" in tensors or "state1" in tensors, master_of(tensors)
+    moments = FLAT if layout.block_size == FLAT_BLOCK_SIZE else "8bit"
+    return expected_tensors(param.shape, moments, span, None if master is None else master.dtype, coded)
 
 
 def copied(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,8 +206,13 @@ def local_state(
         for key, param in zip(saved["params"], group["params"], strict=False)
     }
 
+    moments = {param: group["moments"] for group in groups for param in group["params"]}
+
+    def layout_of(param: Tensor) -> Layout:
+        return partition.layout(param) if param in partition else Layout.of(param.shape, moments[param])
+
     def span_of(param: Tensor) -> Span:
-        return partition.span(param) if param in partition else (0, Layout.of(param.shape).n_blocks)
+        return partition.span(param) if param in partition else (0, layout_of(param).n_blocks)
 
     shard = _own_shard(state_dict, params, span_of, partition)
     if shard is not None:
@@ -215,7 +221,10 @@ def local_state(
         return own
     if any(isinstance(value, ShardTensor) for state in state_dict["state"].values() for value in _values(state)):
         state = {
-            key: {name: _own_part(value, name, params.get(key), span_of, key) for name, value in tensors.items()}
+            key: {
+                name: _own_part(value, name, params.get(key), layout_of, span_of, key)
+                for name, value in tensors.items()
+            }
             for key, tensors in state_dict["state"].items()
         }
         own = {**state_dict, "state": state}
@@ -225,16 +234,16 @@ def local_state(
         return own
     saved_state.check(state_dict, groups)
     state = {
-        key: _part(tensors, params[key], span_of(params[key])) if tensors else tensors
+        key: _part(tensors, params[key], layout_of(params[key]), span_of(params[key])) if tensors else tensors
         for key, tensors in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
 
 
-def _part(tensors: Mapping[str, Any], param: Tensor, span: Span) -> dict[str, Any]:
+def _part(tensors: Mapping[str, Any], param: Tensor, layout: Layout, span: Span) -> dict[str, Any]:
     """This process's part of a parameter's whole state."""
     if not is_dtensor(param):
-        return part_of(tensors, param.shape, span)
+        return part_of(tensors, layout, span)
     return {
         name: value if name == "step" else distributed_like(param, value, by_block=name in METADATA_KEYS)
         for name, value in tensors.items()
@@ -299,11 +308,18 @@ def _own_shard(
     return shard["state"]
 
 
-def _own_part(value: Any, name: str, param: Tensor | None, span_of: Callable[[Tensor], Span], key: Any) -> Any:
+def _own_part(
+    value: Any,
+    name: str,
+    param: Tensor | None,
+    layout_of: Callable[[Tensor], Layout],
+    span_of: Callable[[Tensor], Span],
+    key: Any,
+) -> Any:
     """The tensor within a ``ShardTensor``, if it is this rank's."""
     if not isinstance(value, ShardTensor) or param is None:
         return value
-    first, end = entries(name, Layout.of(param.shape), span_of(param))
+    first, end = entries(name, layout_of(param), span_of(param))
     if (value.start, value.local.numel()) != (first, end - first):
         raise ValueError(
             f"state_dict, parameter {key}: {name} is {value!r}; accepted: {end - first} elements from {first} on"

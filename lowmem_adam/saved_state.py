@@ -120,6 +120,11 @@ def _check_values(state: Mapping[str, Tensor], label: str) -> None:
     """What no step writes would decode to nonsense."""
     if not 0 <= int(state["step"]) < MAX_STEP:
         raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}")
+    for key in ("absmax1", "absmax2"):
+        scales = local(state[key]) if key in state else None
+        if scales is not None and not bool(((scales >= 0) & (scales < torch.inf)).all()):
+            wrong = scales[~((scales >= 0) & (scales < torch.inf))][0].item()
+            raise ValueError(f"{label}: {key} has a value {wrong}; accepted: finite numbers from 0")
     floor, octaves = (local(state[key]) if key in state else None for key in ("block_floor", "block_span"))
     if floor is not None and octaves is not None and octaves.numel():
         span = int(octaves.max())

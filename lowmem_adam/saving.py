@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import agreement, foreign, local, resharding, saved_state
+from lowmem_adam.layout import Layout
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import home_of, master_dtype, new_state, part_of
@@ -45,7 +46,7 @@ class SavedOptimizer(torch.optim.Optimizer):
             partition = self._partition = Partition(partition.world, partition.bucket_bytes)
         new = [p for p in params if p not in partition and (p.requires_grad or p.grad is not None or needed(p))]
         if new:
-            partition.extend(new)
+            partition.extend(new, self._moments_by_param())
             self._agreed = False
         if all(param in partition for param in params):
             self._known = known
@@ -58,11 +59,17 @@ class SavedOptimizer(torch.optim.Optimizer):
             partition.rejoin(world)
         elif world.size > 1:
             self._partition = Partition(world, partition.bucket_bytes)
-            self._partition.extend(list(partition.params))
+            moments = self._moments_by_param()
+            self._partition.extend(list(partition.params), moments)
             for param, state in self.state.items():
                 span = self._partition.span(param) if param in self._partition else (0, 0)
-                self.state[param] = {key: v.clone() for key, v in part_of(state, param.shape, span).items()}
+                layout = Layout.of(param.shape, moments[param])
+                self.state[param] = {key: v.clone() for key, v in part_of(state, layout, span).items()}
             self._known, self._agreed = (), False
+
+    def _moments_by_param(self) -> dict[Tensor, str]:
+        """The setting of every parameter's group."""
+        return {param: group["moments"] for group in self.param_groups for param in group["params"]}
 
     def _steps_of(self, param: Tensor) -> int:
         """How many steps a parameter has taken."""

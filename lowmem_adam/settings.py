@@ -31,19 +31,13 @@ class Keywords(TypedDict, total=False):
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CHOICES: dict[str, tuple[object, ...]] = {
-    "moments": ("8bit", "32bit"),
+    "moments": ("8bit", "32bit", "bnb8bit"),
     "low_precision_update": ("nearest", "stochastic", "split", "fp32"),
     "master_bits": (32, 24),
     "nonfinite": ("skip", "error", "propagate"),
-    "backend": (None, "cpu", "triton", "reference"),
+    "backend": (None, "cpu", "triton", "reference", "bitsandbytes"),
     "maximize": (False, True),
 }
-
-LATER: dict[str, tuple[object, ...]] = {
-    "moments": ("bnb8bit",),
-    "backend": ("bitsandbytes",),
-}
-"""Planned values that this version does not have; the error says so instead of calling them unknown."""
 
 ALL = (
     "lr",
@@ -76,8 +70,8 @@ INSTEAD: dict[str, str] = {
     "adamw_mode": "take AdamW8bit for decoupled weight decay, Adam8bit for L2",
     "bias_correction": "drop it: moments are always bias-corrected",
     "optim_bits": 'moments="8bit" or moments="32bit"',
-    "block_wise": "drop it: moments are always stored by blocks of 128",
-    "block_size": "drop it: blocks always have 128 elements",
+    "block_wise": "drop it: moments are always stored by blocks, of 128 or 256 elements",
+    "block_size": 'drop it: blocks have 128 elements, 256 with moments="bnb8bit"',
     "min_8bit_size": 'put parameters into a group with moments="32bit" to keep them in fp32',
     "percentile_clipping": "clip with this optimizer's clip_grad_norm_",
     "max_unorm": "clip with this optimizer's clip_grad_norm_",
@@ -247,5 +241,4 @@ def _check_choice(name: str, value: object, accepted: tuple[object, ...], where:
     comparable = isinstance(value, str) or type(value) is int
     if any(value is choice or (comparable and not isinstance(choice, bool) and value == choice) for choice in accepted):
         return
-    known = " (planned, not in this version)" if isinstance(value, str) and value in LATER.get(name, ()) else ""
-    raise ValueError(f"{where}: {name} is {value!r}{known}; accepted: {', '.join(map(repr, accepted))}")
+    raise ValueError(f"{where}: {name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")

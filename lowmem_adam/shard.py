@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -257,9 +257,14 @@ class Partition:
         """What this process holds of a parameter, in one piece."""
         return Piece(param, self.layout(param), *self.span(param))
 
-    def extend(self, params: Sequence[Tensor]) -> None:
-        """Cut parameters that are new, in an order that all ranks share. A process alone has what lies here."""
-        places = [place_of(param) for param in params]
+    def extend(self, params: Sequence[Tensor], moments: Mapping[Tensor, str] | None = None) -> None:
+        """Cut parameters that are new, in an order that all ranks share. A process alone has what lies here.
+
+        Args:
+            params: the new ones.
+            moments: the setting of each one's group; blocks are those of ``"8bit"`` without it.
+        """
+        places = [place_of(param) if moments is None else place_of(param, moments[param]) for param in params]
         layouts = [place.layout for place in places]
         if self.world.size == 1:
             shards = [[Run(index, *place.span) for index, place in enumerate(places) if place.span[0] < place.span[1]]]

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_adam.kernels.fragment import CodedMoments, FullMoments
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, FullMoments, Moments
 from lowmem_adam.kernels.rounding import CORRECTIONS
-from lowmem_adam.layout import Layout, is_coded
+from lowmem_adam.layout import FLAT, Layout, is_coded
 from lowmem_adam.local import Span, is_dtensor, like, local, place_of
 from lowmem_adam.shard import read
 
 CODED_KEYS = ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span")
-METADATA_KEYS = ("block_floor", "block_span")
+DYNAMIC_KEYS = ("state1", "state2", "absmax1", "absmax2")
+"""Those of ``moments="bnb8bit"``, under bitsandbytes' names; its maps are constants and not kept."""
+METADATA_KEYS = ("block_floor", "block_span", "absmax1", "absmax2")
 """Those with an entry a block; all others but ``step`` have one an element."""
 FULL_KEYS = ("exp_avg", "exp_avg_sq")
 MASTER_KEYS = {torch.float32: "master_weight", **dict.fromkeys(CORRECTIONS, "weight_correction")}
@@ -25,7 +27,7 @@ MASTER_KEYS = {torch.float32: "master_weight", **dict.fromkeys(CORRECTIONS, "wei
 
 def keeps_codes(shape: Sequence[int], moments: str) -> bool:
     """Whether a parameter of this global shape keeps 8-bit codes in a group with this ``moments`` setting."""
-    return moments == "8bit" and is_coded(shape)
+    return moments != "32bit" and is_coded(shape, moments)
 
 
 def master_dtype(dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype | None:
@@ -58,22 +60,42 @@ def entries(name: str, layout: Layout, span: Span) -> Span:
     return span if name in METADATA_KEYS else (layout.block_start(span[0]), layout.block_start(span[1]))
 
 
+def holds_codes(state: Mapping[str, Any], shape: Sequence[int], moments: str) -> bool:
+    """Whether the state that there is of a parameter is to be codes.
+
+    With ``moments="bnb8bit"`` state itself decides, as in bitsandbytes, where an override may keep a large parameter in
+    fp32 or a small one in 8 bits; otherwise, and of state that is neither, the parameter's shape.
+    """
+    if moments == FLAT and ("state1" in state) != ("exp_avg" in state):
+        return "state1" in state
+    return keeps_codes(shape, moments)
+
+
 def expected_tensors(
-    shape: Sequence[int], moments: str, span: Span | None = None, master: torch.dtype | None = None
+    shape: Sequence[int],
+    moments: str,
+    span: Span | None = None,
+    master: torch.dtype | None = None,
+    coded: bool | None = None,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor in a parameter's state, ``step`` included; ``master`` as of ``master_dtype``.
 
-    Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0. Of a
-    part of the parameter, told by its span, all are flat; of no block at all they are empty.
+    Codes have the parameter's shape; metadata ``(rows, blocks_per_row)``, so that both can be sharded along dim 0, or
+    in flat blocks ``(n_blocks,)``, as bitsandbytes has it. Of a part of the parameter, told by its span, all are flat;
+    of no block at all they are empty. ``coded`` is for state that ``holds_codes`` was asked about; None for new state.
     """
-    layout = Layout.of(shape)
+    layout = Layout.of(shape, moments)
     elements: tuple[int, ...] = tuple(shape)
-    blocks: tuple[int, ...] = (layout.rows, layout.blocks_per_row)
+    blocks: tuple[int, ...] = (layout.rows, layout.blocks_per_row) if moments != FLAT else (layout.n_blocks,)
+    coded = keeps_codes(shape, moments) if coded is None else coded
     if span is not None and span != (0, layout.n_blocks):
         elements = (layout.block_start(span[1]) - layout.block_start(span[0]),)
         blocks = (span[1] - span[0],)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.int64)}
-    if keeps_codes(shape, moments):
+    if coded and moments == FLAT:
+        tensors |= {"state1": (elements, torch.uint8), "state2": (elements, torch.uint8)}
+        tensors |= {"absmax1": (blocks, torch.float32), "absmax2": (blocks, torch.float32)}
+    elif coded:
         tensors["exp_avg_code"] = (elements, torch.int8)
         tensors["exp_avg_sq_code"] = (elements, torch.uint8)
         tensors["block_floor"] = (blocks, torch.uint8)
@@ -108,25 +130,34 @@ def new_state(
     span = None if is_dtensor(param) else span
     expected = expected_tensors(param.shape, moments, span, master)
     home = param.device if home is None else home
-    return {name: _new_tensor(name, param, shape, dtype, span, home) for name, (shape, dtype) in expected.items()}
+    layout = Layout.of(param.shape, moments)
+    return {
+        name: _new_tensor(name, param, shape, dtype, span, home, layout) for name, (shape, dtype) in expected.items()
+    }
 
 
 def refitted(
-    state: Mapping[str, Tensor], param: Tensor, span: Span, master: torch.dtype | None, home: torch.device
+    state: Mapping[str, Tensor],
+    param: Tensor,
+    moments: str,
+    span: Span,
+    master: torch.dtype | None,
+    home: torch.device,
 ) -> dict[str, Tensor]:
     """State where the setting of what is kept of the weight has changed: without that, and begun anew as it now is."""
     out = {name: value for name, value in state.items() if name not in MASTER_KEYS.values()}
     if master is not None:
         part = None if is_dtensor(param) else span
         name = MASTER_KEYS[master]
-        shape, dtype = expected_tensors(param.shape, "32bit", part, master)[name]
-        out[name] = _new_tensor(name, param, shape, dtype, part, home)
+        shape, dtype = expected_tensors(param.shape, moments, part, master)[name]
+        out[name] = _new_tensor(name, param, shape, dtype, part, home, Layout.of(param.shape, moments))
     return out
 
 
 def state_bytes(param: Tensor, moments: str, span: Span, master: torch.dtype | None, held: Mapping[str, Tensor]) -> int:
     """What a parameter's state takes here, but for the tensors that it holds already."""
-    expected = expected_tensors(param.shape, moments, None if is_dtensor(param) else span, master)
+    coded = holds_codes(held, param.shape, moments)
+    expected = expected_tensors(param.shape, moments, None if is_dtensor(param) else span, master, coded)
     return sum(
         math.prod(_shape_here(name, param, shape)) * dtype.itemsize
         for name, (shape, dtype) in expected.items()
@@ -135,13 +166,19 @@ def state_bytes(param: Tensor, moments: str, span: Span, master: torch.dtype | N
 
 
 def _new_tensor(
-    name: str, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype, span: Span | None, home: torch.device
+    name: str,
+    param: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    span: Span | None,
+    home: torch.device,
+    layout: Layout,
 ) -> Tensor:
     if name == "step":
         return torch.zeros(shape, dtype=dtype)
     part = torch.zeros(_shape_here(name, param, shape), dtype=dtype, device=home)
     if name == MASTER_KEYS[torch.float32]:
-        held, layout = local(param), Layout.of(param.shape)
+        held = local(param)
         low, high = entries(name, layout, (0, layout.n_blocks) if span is None else span)
         part.view(-1).copy_(held.detach().reshape(-1) if is_dtensor(param) else read(held, low, high))
     return like(param, part, shape, by_block=name in METADATA_KEYS)
@@ -159,12 +196,11 @@ def _shape_here(name: str, param: Tensor, shape: tuple[int, ...]) -> tuple[int, 
     return (place.shape[0], Layout.of(place.shape).blocks_per_row)
 
 
-def part_of(state: Mapping[str, Any], shape: Sequence[int], span: Span) -> dict[str, Any]:
+def part_of(state: Mapping[str, Any], layout: Layout, span: Span) -> dict[str, Any]:
     """The state of some blocks, out of the state of a whole parameter: flat views, and ``step`` as it is.
 
     All blocks give the tensors as they are.
     """
-    layout = Layout.of(shape)
     if span == (0, layout.n_blocks):
         return dict(state)
     return {
@@ -186,7 +222,7 @@ def check_state(
     Raises:
         ValueError: names ``label``, what is there and what is accepted.
     """
-    expected = expected_tensors(shape, moments, span, master)
+    expected = expected_tensors(shape, moments, span, master, holds_codes(state, shape, moments))
     if set(state) != set(expected):
         kept = "" if master is None else f" and low_precision_update keeps {MASTER_KEYS[master]} ({master})"
         raise ValueError(
@@ -204,8 +240,10 @@ def check_state(
             )
 
 
-def moments_of(state: Mapping[str, Any]) -> CodedMoments | FullMoments:
+def moments_of(state: Mapping[str, Any]) -> Moments:
     """The moments in a parameter's state, as a kernel takes them."""
+    if "state1" in state:
+        return DynamicMoments(*(local(state[key]) for key in DYNAMIC_KEYS))
     if "exp_avg_code" in state:
         return CodedMoments(*(local(state[key]) for key in CODED_KEYS))
     return FullMoments(*(local(state[key]) for key in FULL_KEYS))

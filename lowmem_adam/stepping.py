@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem_adam import inputs, kernels, making, settings, updating
 from lowmem_adam.host_gradients import HostGradients
 from lowmem_adam.kernels.fragment import DeviceRates, DeviceSettings, StepScalars
+from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
@@ -108,7 +109,7 @@ class Stepper:
         self._check_settings(group, group_index)
         tasks: list[Task] = []
         records = _Records(group, grad_factor, found_inf, self.capturable)
-        backends: dict[torch.device, str] = {}
+        backends: dict[tuple[torch.device, torch.dtype], str] = {}
         for index, param in params:
             grad = param.grad
             if grad is None:
@@ -120,15 +121,17 @@ class Stepper:
                     continue
             master = master_dtype(param.dtype, group)
             state, prepared = self._checked_state(param, grad, states, group["moments"], master, partition, label)
-            if param.device not in backends:
-                backends[param.device] = kernels.choose(group["backend"], self.home_of(param))
+            place = (param.device, param.dtype)
+            if place not in backends:
+                backends[place] = kernels.choose(group["backend"], self.home_of(param), group, param.dtype)
             grad = local_gradient(param, grad)
             if isinstance(grad, HostGradient):
                 grad = grad.values()
+            backend = kernels.of_gradient(backends[place], group["backend"], param, grad, label)
             if group["nonfinite"] == "error":
                 assert isinstance(grad_factor, float)
                 _check_finite(param, grad, grad_factor, partition, label)
-            told = (group["moments"], master, backends[param.device], records.next_of(state, label), label)
+            told = (group["moments"], master, backend, records.next_of(state, label), label)
             tasks.append(Task(param, grad, *told, state, prepared))
         return tasks
 
@@ -175,6 +178,11 @@ class Stepper:
         prepared = self._prepared.get(param)
         known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
         if not known:
+            if (partition.layout(param).block_size == FLAT_BLOCK_SIZE) != (moments == FLAT):
+                raise ValueError(
+                    f"{label}: moments is {moments!r}, and its blocks were cut for another setting; accepted: the one "
+                    "that its param group had when the optimizer first saw it"
+                )
             inputs.check_param(param, label)
             if is_dtensor(param):
                 check_dtensor(param, moments, label)

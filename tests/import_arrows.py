@@ -11,6 +11,7 @@ PACKAGE = "lowmem_adam"
 RANKS = {
     "layout": 0,
     "codec": 1,
+    "dynamic_map": 1,
     "kernels": 2,
     "settings": 2,
     "local": 1,

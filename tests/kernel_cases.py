@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.kernels import cpu, reference
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
-from lowmem_adam.layout import Layout
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, FullMoments, Moments, StepScalars
+from lowmem_adam.layout import BLOCK_SIZE, FLAT, FLAT_BLOCK_SIZE, Layout
 from lowmem_adam.state import master_dtype
 from tests.cases import Shape, everything, generator
 
@@ -41,6 +41,9 @@ SETTINGS: dict[str, Any] = {
     "nonfinite": "skip",
     "seed": 5,
 }
+
+MOMENTS = ("8bit", "32bit", FLAT, "32bit, flat")
+"""All kinds of moments; the last are those of small parameters beside bitsandbytes' format."""
 
 UPDATES: dict[str, dict[str, Any]] = {
     "nearest": {"low_precision_update": "nearest"},
@@ -191,21 +194,43 @@ def rows_of(kinds: Sequence[str], table: dict[str, Row], cols: int, dtype: torch
 # ---------------------------------------------------------------- fragments
 
 
-def zero_moments(layout: Layout, first: int, end: int, moments: str) -> CodedMoments | FullMoments:
+def is_flat(moments: str | Moments) -> bool:
+    return moments in (FLAT, "32bit, flat") if isinstance(moments, str) else isinstance(moments, DynamicMoments)
+
+
+def layout_of(rows: int, cols: int, moments: str) -> Layout:
+    """Of so many rows, where blocks keep to them, and else of as many elements."""
+    return Layout(1, rows * cols, block_size=FLAT_BLOCK_SIZE) if is_flat(moments) else Layout(rows, cols)
+
+
+def layout_of_shape(shape: Sequence[int], moments: str | Moments) -> Layout:
+    return Layout.of(shape, FLAT if is_flat(moments) else "8bit")
+
+
+def zero_moments(layout: Layout, first: int, end: int, moments: str) -> Moments:
     """Moments before the first step, whatever the parameter's size."""
     numel = layout.block_start(end) - layout.block_start(first)
-    if moments == "32bit":
+    assert layout.block_size == (FLAT_BLOCK_SIZE if is_flat(moments) else BLOCK_SIZE)
+    if moments == FLAT:
+        flat_codes = (torch.zeros(numel, dtype=torch.uint8) for _ in range(2))
+        return DynamicMoments(*flat_codes, *(torch.zeros(end - first) for _ in range(2)))
+    if moments.startswith("32bit"):
         return FullMoments(torch.zeros(numel), torch.zeros(numel))
     codes = (torch.zeros(numel, dtype=torch.int8), torch.zeros(numel, dtype=torch.uint8))
     return CodedMoments(*codes, *(torch.zeros(end - first, dtype=torch.uint8) for _ in range(2)))
 
 
-def random_moments(layout: Layout, moments: str, *key: int) -> CodedMoments | FullMoments:
+def random_moments(layout: Layout, moments: str, *key: int) -> Moments:
     """Moments in the midst of a training: any codes, on grids of usual size."""
     drawn, made = generator(*key), zero_moments(layout, 0, layout.n_blocks, moments)
     if isinstance(made, FullMoments):
         made.exp_avg_sq.copy_(torch.rand(layout.numel, generator=drawn) * 1e-4)
         made.exp_avg.copy_(made.exp_avg_sq.sqrt() * torch.randn(layout.numel, generator=drawn))
+    elif isinstance(made, DynamicMoments):
+        made.state1.random_(0, 256, generator=drawn)
+        made.state2.random_(0, 256, generator=drawn)
+        made.absmax1.uniform_(1e-6, 1e-2, generator=drawn)
+        made.absmax2.uniform_(1e-12, 1e-4, generator=drawn)
     else:
         made.exp_avg_code.random_(-127, 128, generator=drawn)
         made.exp_avg_sq_code.random_(0, 256, generator=drawn)
@@ -234,11 +259,12 @@ def random_master(param: Tensor, changes: dict[str, Any], *key: int) -> Tensor |
 def whole(
     param: Tensor,
     grad: Tensor,
-    moments: str | CodedMoments | FullMoments = "8bit",
+    moments: str | Moments = "8bit",
     master: Tensor | None = None,
+    layout: Layout | None = None,
 ) -> Fragment:
     """A parameter in one piece, with 8-bit moments also where the optimizer would keep fp32 ones."""
-    layout = Layout.of(param.shape)
+    layout = layout_of_shape(param.shape, moments) if layout is None else layout
     held = zero_moments(layout, 0, layout.n_blocks, moments) if isinstance(moments, str) else moments
     return Fragment(param, grad, held, layout, 0, layout.n_blocks, master=master)
 
@@ -277,7 +303,7 @@ def cut(fragment: Fragment, first: int, end: int) -> Fragment:
     part = slice(fragment.layout.block_start(first) - origin, fragment.layout.block_start(end) - origin)
     blocks = slice(first - fragment.first_block, end - fragment.first_block)
     held = {
-        name: tensor.view(-1)[blocks if name.startswith("block") else part]
+        name: tensor.view(-1)[blocks if name.startswith(("block", "absmax")) else part]
         for name, tensor in state_by_name(fragment).items()
     }
     param, grad = fragment.param.view(-1)[part], fragment.grad.view(-1)[part]
@@ -350,10 +376,15 @@ def assert_same(wanted: Sequence[Snapshot], got: Sequence[Snapshot], where: str 
 
 
 def one_step(
-    param: Tensor, grad: Tensor, moments: str | CodedMoments | FullMoments, step: int = 7, **changes: Any
+    param: Tensor,
+    grad: Tensor,
+    moments: str | Moments,
+    step: int = 7,
+    layout: Layout | None = None,
+    **changes: Any,
 ) -> Case:
     master = random_master(param, changes, step) if step > 1 else zero_master(param, changes)
-    return Case(whole(param, grad, moments, master), [(grad, scalars(step, **changes))])
+    return Case(whole(param, grad, moments, master, layout), [(grad, scalars(step, **changes))])
 
 
 def hostile(
@@ -390,8 +421,10 @@ def mixed_work(count: int, seed: int, shapes: Callable[[random.Random, int], tup
         grad = (torch.randn(shape, generator=generator(seed, index, 1)) * 0.01).to(pair[1])
         if drawn.random() < 0.1 and param.numel():
             grad.view(-1)[drawn.randrange(param.numel())] = drawn.choice([torch.inf, -torch.inf, torch.nan])
-        held = random_moments(Layout.of(shape), drawn.choice(["8bit", "32bit"]), seed, index, 2)
-        made.append(one_step(param, grad, held, drawn.randrange(1, 50), **CHANGES[names[drawn.randrange(len(names))]]))
+        moments = drawn.choice(MOMENTS)
+        layout = layout_of_shape(shape, moments)
+        held, changes = random_moments(layout, moments, seed, index, 2), CHANGES[names[drawn.randrange(len(names))]]
+        made.append(one_step(param, grad, held, drawn.randrange(1, 50), layout, **changes))
     return made
 
 

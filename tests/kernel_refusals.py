@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.codec import FORMAT
+from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import cpu
 from lowmem_adam.kernels.fragment import Fragment, Work
 from lowmem_adam.kernels.records import RECORD
@@ -18,7 +20,7 @@ from tests.kernel_cases import random_moments, whole
 
 
 def good_fragment(moments: str = "8bit") -> Fragment:
-    fragment = whole(torch.randn(4, 300), torch.randn(4, 300))
+    fragment = whole(torch.randn(4, 300), torch.randn(4, 300), moments)
     return fragment._replace(moments=random_moments(fragment.layout, moments, 1))
 
 
@@ -33,6 +35,7 @@ def held(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Fragment], 
 TENSORS = {
     "8bit": ("exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span"),
     "32bit": ("exp_avg", "exp_avg_sq"),
+    "bnb8bit": ("state1", "state2", "absmax1", "absmax2"),
 }
 SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "short": lambda x: x.view(-1)[:-1],
@@ -53,6 +56,21 @@ def replaced(name: str, how: str) -> Callable[[Fragment], Fragment]:
 
 def with_master(change: Callable[[Tensor], Tensor]) -> Callable[[Fragment], Fragment]:
     return lambda f: f._replace(param=f.param.bfloat16(), master=change(torch.zeros(4, 300, dtype=torch.int16)))
+
+
+def with_blocks_of(size: int) -> Callable[[Fragment], Fragment]:
+    """Of the same number of elements: a layout of another size of blocks, and what is held for it."""
+
+    def changed(fragment: Fragment) -> Fragment:
+        layout = dataclasses.replace(fragment.layout, block_size=size)
+        held: Any = fragment.moments
+        resized = {
+            name: value.new_zeros(layout.n_blocks) if name.startswith(("block", "absmax")) else value
+            for name, value in held._asdict().items()
+        }
+        return fragment._replace(layout=layout, end_block=layout.n_blocks, moments=held._replace(**resized))
+
+    return changed
 
 
 REFUSED: dict[str, tuple[str, Callable[[Fragment], Fragment]]] = {
@@ -77,11 +95,15 @@ REFUSED: dict[str, tuple[str, Callable[[Fragment], Fragment]]] = {
     **{f"master, {how}": ("8bit", with_master(change)) for how, change in SPOILED.items()},
     "master of a float32 parameter": ("8bit", lambda f: f._replace(master=torch.zeros(4, 300))),
     "fewer blocks": ("8bit", lambda f: f._replace(end_block=f.end_block - 1)),
+    **{
+        f"{moments} in blocks of {size}": (moments, with_blocks_of(size))
+        for moments, size in (("8bit", 256), ("bnb8bit", 128), ("32bit", 64), ("8bit", 64), ("bnb8bit", 512))
+    },
 }
 
 
 PARAM_DATA, PARAM_SHAPE, PARAM_DTYPE, PARAM_DIMS, GRAD_DATA, GRAD_SHAPE, GRAD_DTYPE, GRAD_DIMS = range(8)
-EXP_AVG, EXP_AVG_SQ, FLOOR, SPAN, MASTER, KIND, ROWS, COLS, FIRST, END, SCALARS = range(8, 19)
+EXP_AVG, EXP_AVG_SQ, FLOOR, SPAN, ABSMAX1, ABSMAX2, MASTER, KIND, ROWS, COLS, SIZE, FIRST, END, SCALARS = range(8, 22)
 BAD_DTYPE, BAD_LAYOUT, BAD_POINTER, BAD_ISA, BAD_THREADS = range(1, 6)
 
 FIELDS = [
@@ -93,6 +115,8 @@ FIELDS = [
     *((field, 9, BAD_LAYOUT) for field in (PARAM_DIMS, GRAD_DIMS)),
     *((field, 1, BAD_LAYOUT) for field in (PARAM_DIMS, GRAD_DIMS, SCALARS)),  # dimensions without a shape
     *((FIRST, 13, BAD_LAYOUT), (END, 13, BAD_LAYOUT), (ROWS, 3, BAD_LAYOUT), (COLS, 256, BAD_LAYOUT)),
+    *((SIZE, value, BAD_LAYOUT) for value in (-128, 0, 1, 127, 256, 512)),
+    *((field, 8, BAD_POINTER) for field in (ABSMAX1, ABSMAX2)),  # one without the other
     *((field, 0, BAD_POINTER) for field in (PARAM_DATA, GRAD_DATA, EXP_AVG, EXP_AVG_SQ, FLOOR, SPAN)),
 ]
 
@@ -127,8 +151,14 @@ def fake_library_source() -> str:
         value = getattr(FORMAT, name)
         setattr(form, name, (ctypes.c_uint32 * 2)(*value) if isinstance(value, tuple) else value)
     words = struct.unpack(f"{ctypes.sizeof(form) // 4}I", bytes(form))
+    maps = [dynamic_map(signed).view(torch.int32).tolist() for signed in (False, True)]
+    rows = ", ".join(f"{{{', '.join(f'{word & 0xFFFFFFFF}u' for word in row)}}}" for row in maps)
     return (
         "#include <stdlib.h>\n"
+        f"static unsigned maps[2][256] = {{{rows}}};\n"
+        "const float *lowmem_adam_dynamic_map(int is_signed) {\n"
+        '    if (getenv("FAKE_MAP")) maps[is_signed][200] ^= 1;\n'
+        "    return (const float *)maps[is_signed];\n}\n"
         f"struct words {{ unsigned word[{len(words)}]; }};\n"
         'int lowmem_adam_abi_version(void) { return atoi(getenv("FAKE_ABI")); }\n'
         "struct words lowmem_adam_format(void) {\n"

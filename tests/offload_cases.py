@@ -118,7 +118,7 @@ def random_delays() -> Iterator[None]:
 
 def same_bits(dtype: torch.dtype) -> None:
     updates = UPDATES if dtype != torch.float32 else UPDATES[:1]
-    for moments, update in itertools.product(("8bit", "32bit"), updates):
+    for moments, update in itertools.product(("8bit", "32bit", "bnb8bit"), updates):
         offloaded, alone = pair(CUT, dtype, moments=moments, **update)
         with random_delays():
             take(offloaded, range(STEPS - 5))

@@ -32,6 +32,8 @@ VARIANTS = (
     ("8bit", torch.bfloat16, SMALL_BUCKET, "split"),
     ("32bit", torch.float16, SMALL_BUCKET, "split in 24 bits"),
     ("8bit", torch.bfloat16, SMALL_BUCKET, "fp32"),
+    ("bnb8bit", torch.float32, SMALL_BUCKET, "stochastic"),
+    ("bnb8bit", torch.bfloat16, SMALL_BUCKET, "split"),
 )
 
 
@@ -97,7 +99,7 @@ def train_and_save_job(rank: int, folder: Path) -> Any:
         opt.check_replicas()
         consolidated = opt.consolidate_state_dict()
         assert (consolidated is None) == (rank != 0)
-        blocks = [Layout.of(p.shape).n_blocks for p in params_of(opt)]
+        blocks = [Layout.of(p.shape, variant[0]).n_blocks for p in params_of(opt)]
         found[name_of(variant)] = {
             "params": values(opt),
             "weights": [opt.master_weight(param) for param in params_of(opt)],

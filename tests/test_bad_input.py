@@ -61,11 +61,11 @@ BAD_VALUES: dict[str, tuple[Any, ...]] = {
         *((0.9,), (0.9, 0.99, 0.999), (), 0.9, "ab", None, ("0.9", "0.99"), (True, 0.9), {0.8, 0.9}),
     ),
     "seed": (-1, 1.5, True, None, 2**63, "0", 0.0),
-    "moments": ("4bit", 8, None, "8BIT", "bnb8bit", True),
+    "moments": ("4bit", 8, None, "8BIT", "bnb4bit", True),
     "low_precision_update": ("kahan", None, "SPLIT", False),
     "master_bits": (16, 8, 0, -32, 32.0, "24", None, True),
     "nonfinite": ("ignore", True, None),
-    "backend": ("cuda", "", 0, "bitsandbytes"),
+    "backend": ("cuda", "", 0, "bnb"),
     "maximize": (1, 0, "no", None),
 }
 BAD_SETTINGS = [(name, value) for name, values in BAD_VALUES.items() for value in values]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.kernels import cpu
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars
-from lowmem_adam.layout import Layout
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, FullMoments, StepScalars
+from lowmem_adam.layout import FLAT
 from tests import kernel_cases as cases
 from tests.cases import DTYPES, generator
 from tests.kernel_cases import (
@@ -52,7 +52,7 @@ every_pair = pytest.mark.parametrize(
     "dtypes", cases.DTYPE_PAIRS, ids=lambda pair: "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
 )
 every_update = pytest.mark.parametrize("update", UPDATES)
-both_moments = pytest.mark.parametrize("moments", ["8bit", "32bit"])
+all_moments = pytest.mark.parametrize("moments", cases.MOMENTS)
 
 
 @functools.lru_cache(maxsize=2)
@@ -61,7 +61,7 @@ def hostile_by_reference(name: str, dtypes: tuple[torch.dtype, torch.dtype], mom
 
 
 @every_isa
-@both_moments
+@all_moments
 @every_pair
 @pytest.mark.parametrize("name", CHANGES)
 def test_hostile_numbers_in_every_setting(
@@ -83,7 +83,7 @@ def test_hostile_numbers_in_every_setting(
     ],
     ids=str,
 )
-@both_moments
+@all_moments
 @every_pair
 def test_a_change_of_any_setting_shows(
     dtypes: tuple[torch.dtype, torch.dtype], moments: str, change: dict[str, Any]
@@ -132,7 +132,7 @@ def test_all_values_of_metadata(nonfinite: str, dtype: torch.dtype, isa: str) ->
 
 
 @every_isa
-@both_moments
+@all_moments
 @every_update
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_of_16_bits_as_weight_and_as_gradient(
@@ -141,8 +141,9 @@ def test_every_number_of_16_bits_as_weight_and_as_gradient(
     normal = torch.randn(512, 128, generator=generator(3)).to(dtype)
     for weight, grad in ((all_halves(dtype), normal), (normal, all_halves(dtype))):
         for nonfinite in ("skip", "propagate"):
-            held = cases.random_moments(Layout(512, 128), moments, 4)
-            case = one_step(weight, grad, held, **UPDATES[update], nonfinite=nonfinite)
+            layout = cases.layout_of(512, 128, moments)
+            held = cases.random_moments(layout, moments, 4)
+            case = one_step(weight, grad, held, layout=layout, **UPDATES[update], nonfinite=nonfinite)
             assert_native_same(case, isa)
 
 
@@ -196,7 +197,7 @@ def test_a_nan_stays_one_through_steps_with_finite_gradients(
 
 @every_isa
 @every_dtype
-@both_moments
+@all_moments
 def test_nothing_to_do_changes_nothing(moments: str, dtype: torch.dtype, isa: str) -> None:
     kinds = [kind for kind in cases.WEIGHTS if kind != "not finite"]
     weight = cases.rows_of(kinds, cases.WEIGHTS, 200, dtype, 8)
@@ -207,14 +208,18 @@ def test_nothing_to_do_changes_nothing(moments: str, dtype: torch.dtype, isa: st
         assert_same([snapshot(case.start)], play(case, native(isa)))
 
 
-@pytest.mark.parametrize("name", ["exp_avg_code", "exp_avg_sq_code", "block_floor", "block_span"])
+@pytest.mark.parametrize("name", [*CodedMoments._fields, *DynamicMoments._fields])
 def test_one_bit_of_one_code_shows(name: str) -> None:
     """The comparison itself once more: a bit of the state before the step is seen after it."""
     weight = torch.randn(4, 300, generator=generator(9))
-    moments = cases.random_moments(Layout.of(weight.shape), "8bit", 10)
+    kind = "8bit" if name in CodedMoments._fields else FLAT
+    moments = cases.random_moments(cases.layout_of_shape(weight.shape, kind), kind, 10)
     case = one_step(weight, torch.zeros_like(weight), moments)
     spoiled = moments._replace(**{name: moments._asdict()[name].clone()})
-    spoiled._asdict()[name].view(-1)[5].bitwise_xor_(2)
+    held = spoiled._asdict()[name].view(-1)
+    held[3 if held.is_floating_point() else 5].view(
+        torch.int32 if held.is_floating_point() else held.dtype
+    ).bitwise_xor_(2)
     changed = case._replace(start=case.start._replace(moments=spoiled))
     assert not differences(play(case), play(case, native()))
     assert differences(play(case), play(changed, native()))
@@ -224,7 +229,7 @@ def test_one_bit_of_one_code_shows(name: str) -> None:
 
 
 @every_isa
-@both_moments
+@all_moments
 @every_pair
 @every_update
 def test_tails_of_every_length(update: str, dtypes: tuple[torch.dtype, torch.dtype], moments: str, isa: str) -> None:
@@ -232,8 +237,9 @@ def test_tails_of_every_length(update: str, dtypes: tuple[torch.dtype, torch.dty
     for cols in (*range(1, 131), 255, 256, 257, 383, 400):
         param = torch.randn(2, cols, generator=generator(11, cols)).to(dtypes[0])
         grad = torch.randn(2, cols, generator=generator(12, cols)).to(dtypes[1])
-        held = cases.random_moments(Layout(2, cols), moments, 13, cols)
-        made.append(one_step(param, grad, held, 3 + cols % 2, **UPDATES[update]))
+        layout = cases.layout_of(2, cols, moments)
+        held = cases.random_moments(layout, moments, 13, cols)
+        made.append(one_step(param, grad, held, 3 + cols % 2, layout, **UPDATES[update]))
     wanted, got = one_by_one(made), together(made, isa)
     assert_same(wanted[0], got[0], isa)
     assert wanted[1] == got[1] == 0
@@ -277,12 +283,12 @@ def test_thread_counts(threads: int, isa: str) -> None:
 
 
 @every_isa
-@both_moments
+@all_moments
 @every_dtype
 @pytest.mark.parametrize("update", ["stochastic", *cases.MASTERS])
 @pytest.mark.parametrize("shape", [(7, 300), (40, 9), (1, 2000)], ids=str)
 def test_split_at_any_blocks(shape: tuple[int, int], update: str, dtype: torch.dtype, moments: str, isa: str) -> None:
-    layout = Layout.of(shape)
+    layout = cases.layout_of_shape(shape, moments)
     param = torch.randn(shape, generator=generator(16)).to(dtype)
     steps = []
     for step in (1, 2, 3):
@@ -293,7 +299,7 @@ def test_split_at_any_blocks(shape: tuple[int, int], update: str, dtype: torch.d
     drawn = random.Random(18)
 
     def in_pieces(fragment: Fragment, record: StepScalars) -> int:
-        inner = sorted(drawn.sample(range(1, layout.n_blocks), drawn.randrange(1, layout.n_blocks)))
+        inner = sorted(drawn.sample(range(1, layout.n_blocks), drawn.randrange(layout.n_blocks)))
         pieces = [cases.cut(fragment, low, high) for low, high in itertools.pairwise([0, *inner, layout.n_blocks])]
         drawn.shuffle(pieces)
         return cpu.adam_step_([(piece, record) for piece in pieces], isa=isa, num_threads=1)
@@ -305,12 +311,12 @@ def test_split_at_any_blocks(shape: tuple[int, int], update: str, dtype: torch.d
 
 
 @every_isa
-@both_moments
+@all_moments
 @pytest.mark.parametrize("step", [1, 2**31 - 1, 2**32 - 1, 2**32 + 5])
 @pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
 def test_large_seeds_steps_and_block_ordinals(seed: int, step: int, moments: str, isa: str) -> None:
     for cols, first in ((300, 2**31 - 3), (300, 2**31 + 4), (5, 2**32 - 2), (200, 2**40 + 1), (2**34 + 5, 2**33 + 7)):
-        layout, end = Layout(2**42 // -(-cols // 128), cols), first + 4
+        layout, end = cases.layout_of(2**42 // -(-cols // 128), cols, moments), first + 4
         numel = layout.block_start(end) - layout.block_start(first)
         param = torch.randn(numel, generator=generator(19)).to(torch.bfloat16)
         grads = [torch.randn(numel, generator=generator(20, t)).to(torch.bfloat16) for t in range(3)]
@@ -327,7 +333,7 @@ def test_nothing_at_all() -> None:
 
 
 @every_isa
-@both_moments
+@all_moments
 @every_pair
 @pytest.mark.parametrize("update", ["stochastic", *cases.MASTERS])
 @pytest.mark.parametrize("name", MEMORY)

@@ -122,6 +122,14 @@ def test_a_library_of_another_interface_or_format_is_refused(
         cpu.load()
 
 
+def test_a_library_of_other_dynamic_maps_is_refused(monkeypatch: pytest.MonkeyPatch, fake: Path) -> None:
+    for name, value in {"ABI": cpu.ABI_VERSION, "WORD": 0, "FLIP": 0, "MAP": 1}.items():
+        monkeypatch.setenv(f"FAKE_{name}", str(value))
+    monkeypatch.setenv("LOWMEM_ADAM_LIBRARY", str(fake))
+    with pytest.raises(cpu.LibraryError, match="was compiled with other dynamic maps; accepted: dynamic_map's"):
+        cpu.load()
+
+
 # ---------------------------------------------------------------- instruction sets
 
 

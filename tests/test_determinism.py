@@ -164,6 +164,7 @@ def piece(param: Tensor, state: dict[str, Tensor], first: int, end: int) -> Frag
             whole.block_span.view(-1)[first:end],
         )
     else:
+        assert isinstance(whole, FullMoments)
         moments = FullMoments(whole.exp_avg.view(-1)[low:high], whole.exp_avg_sq.view(-1)[low:high])
     return Fragment(param.detach().view(-1)[low:high], param.grad.view(-1)[low:high], moments, layout, first, end)
 

@@ -279,12 +279,6 @@ def test_bitsandbytes_decouples_weight_decay_in_adam_too() -> None:
         torch.testing.assert_close(param.detach(), before * 0.75)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_dynamic_map_is_the_one_of_bitsandbytes(signed: bool) -> None:
-    theirs = bitsandbytes().functional.create_dynamic_map(signed=signed)
-    assert_same_bits(theirs, of_bitsandbytes.dynamic_map(signed))
-
-
 # ---------------------------------------------------------------- ours as theirs
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from lowmem_adam import saved_state, settings
 from lowmem_adam.foreign import of_bitsandbytes, of_torch
 from lowmem_adam.foreign.moments import SHARED_SETTINGS, Format, coded_state
+from lowmem_adam.foreign.overrides import split_overrides
+from lowmem_adam.layout import FLAT
+
+__all__ = ["FORMATS", "from_own", "kind_of", "split_overrides", "to_own"]
 
 FORMATS: dict[str, Format] = {"torch": of_torch.FORMAT, "bitsandbytes": of_bitsandbytes.FORMAT}
 """Whose state is read and written, beside our own."""
@@ -57,6 +61,10 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     ``groups``. Moments of parameters that keep codes are coded to nearest, the others become fp32, both in row-major
     order, on the device where they are. What groups keep of the weights begins with the parameters: it is zero.
 
+    Groups with ``moments="bnb8bit"`` take bitsandbytes' 8-bit state byte for byte, and each parameter goes on as it
+    was: in 8 bits or, where it was overridden and others are in 8 bits, in fp32. State that is all in fp32 is coded.
+    For other settings ``split_overrides`` brings overridden parameters into groups of their own.
+
     Args:
         state_dict: as their ``state_dict()`` returns it, unsharded.
         groups: our optimizer's param groups.
@@ -84,11 +92,16 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
     own = {**state_dict, "param_groups": own_groups}
     owners = saved_state.owners_of(own, groups)  # groups and ids are checked before the moments, which take long
     own["state"] = {}
-    for key, state in state_dict["state"].items():
-        if state:  # an empty one is left behind where somebody read optimizer.state[param]
-            param, moments, label, master = owners[key]
-            source = form.read_state(state, param.shape, label)
-            own["state"][key] = coded_state(source, param.shape, moments, label, master)
+    sources = {
+        key: form.read_state(state, owners[key].param.shape, owners[key].label)
+        for key, state in state_dict["state"].items()
+        if state  # an empty one is left behind where somebody read optimizer.state[param]
+    }
+    some_coded = any(source.as_they_are is not None for source in sources.values())
+    for key, source in sources.items():
+        param, moments, label, master = owners[key]
+        stays_full = moments == FLAT and some_coded and source.as_they_are is None
+        own["state"][key] = coded_state(source, param.shape, moments, label, master, False if stays_full else None)
     saved_state.check(own, groups)
     return own
 
@@ -104,8 +117,9 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
 
     ``"bitsandbytes"``: the nested form, which bitsandbytes reads from 0.49.2 on, for its Adam and AdamW classes alike,
     since they take the same step. Each parameter is in 8 bits as ``AdamW8bit`` has it, nearest values of the dynamic
-    map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. Its map
-    has no positive value below 3.25e-7 of a block's largest v: less than half of that becomes 0.
+    map, or in fp32 below 4096 elements and in groups with ``moments="32bit"``; all of its classes step both. State
+    under ``moments="bnb8bit"`` leaves byte for byte. Its map has no positive value below 3.25e-7 of a block's largest
+    v: less than half of that becomes 0.
 
     Args:
         state_dict: ours, whole.

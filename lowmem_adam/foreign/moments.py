@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lowmem_adam import codec, saved_state
 from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import CodedMoments
-from lowmem_adam.layout import Layout
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments
+from lowmem_adam.layout import FLAT, Layout
 from lowmem_adam.shard import read, write
-from lowmem_adam.state import expected_tensors, moments_of
+from lowmem_adam.state import DYNAMIC_KEYS, expected_tensors, moments_of
 
 SHARED_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam's groups have."""
@@ -38,6 +38,8 @@ class Source(NamedTuple):
     device: torch.device
     read: Callable[[int, int], tuple[Tensor, Tensor]]
     """Both moments of flat elements ``[start, stop)`` in row-major order, one dimension; any floating dtype."""
+    as_they_are: Callable[[], DynamicMoments] | None = None
+    """The codes themselves, where they are those of ``moments="bnb8bit"``: row-major, of the parameter's shape."""
 
 
 class Format(NamedTuple):
@@ -103,26 +105,39 @@ def step_count(value: Any, label: str) -> Tensor:
 
 
 def coded_state(
-    source: Source, shape: Sequence[int], moments: str, label: str, master: torch.dtype | None = None
+    source: Source,
+    shape: Sequence[int],
+    moments: str,
+    label: str,
+    master: torch.dtype | None = None,
+    coded: bool | None = None,
 ) -> dict[str, Tensor]:
     """Our state of a parameter of this shape in a group with this ``moments``, on the source's device.
 
-    A master weight or correction of zero: whatever the parameter is, the next step starts from it.
+    A master weight or correction of zero: whatever the parameter is, the next step starts from it. Codes that are
+    those of the setting are copied. ``coded``: whether there are to be codes; None for what the shape says.
 
     Raises:
         ValueError: a value that is not finite, a negative second moment.
     """
-    expected = expected_tensors(shape, moments, None, master)
+    kept = source.as_they_are() if moments == FLAT and source.as_they_are is not None else None
+    expected = expected_tensors(shape, moments, None, master, coded if kept is None else True)
     state = {key: torch.zeros(size, dtype=dtype, device=source.device) for key, (size, dtype) in expected.items()}
     state["step"] = source.step
+    if kept is not None:
+        for key, tensor in zip(DYNAMIC_KEYS, kept, strict=True):
+            state[key].copy_(tensor)
+        return state
     held = moments_of(state)
-    layout = Layout.of(shape)
+    layout = Layout.of(shape, moments)
     for tile in layout.tiles(0, layout.n_blocks, reference.TILE_ELEMENTS):
         first, second = (values.to(torch.float32) for values in source.read(tile.start, tile.stop))
         _check_values(first, second, label)
         exp_avg, exp_avg_sq = reference.to_blocks(first, tile), reference.to_blocks(second, tile)
-        if isinstance(held, CodedMoments):
-            blocks = slice(tile.first_block, tile.first_block + tile.n_blocks)
+        blocks = slice(tile.first_block, tile.first_block + tile.n_blocks)
+        if isinstance(held, DynamicMoments):
+            reference.store_dynamic(held, (exp_avg, exp_avg_sq), None, tile, tile.start, tile.stop, blocks)
+        elif isinstance(held, CodedMoments):
             codes = _nearest_codes(exp_avg, reference.exact_sqrt(exp_avg_sq))
             reference.store_codes(held, codes, None, tile, tile.start, tile.stop, blocks)
         else:
@@ -196,7 +211,7 @@ def _lies_on(root: Tensor, grid: codec.Grid) -> Tensor:
 def decode_into(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     """Write our moments of a parameter into tensors of its shape, of any floating dtype and strides."""
     held = moments_of({key: tensor.contiguous() for key, tensor in state.items()})
-    layout = Layout.of(exp_avg.shape)
+    layout = Layout.of(exp_avg.shape, FLAT if isinstance(held, DynamicMoments) else "8bit")
     for tile in layout.tiles(0, layout.n_blocks, reference.TILE_ELEMENTS):
         blocks = slice(tile.first_block, tile.first_block + tile.n_blocks)
         values = reference.load_moments(held, tile, tile.start, tile.stop, blocks)

@@ -1,14 +1,14 @@
 """State of bitsandbytes' ``Adam`` and ``AdamW``: fp32 moments, or 8-bit codes of a dynamic map by blocks of 256.
 
-A coded moment is ``qmap[code] * absmax[block]``, where blocks count the elements in the order in which the step ran
-over them. For state that is not row-major that is the logical order on the CPU, but the order in memory on
-accelerators, where the parameter was made contiguous and its state was not. Codes tell, since each block's largest has
-the last code. 32-bit state does not: it is taken as of the device where it lies, so load it where it was made.
+A coded moment is ``qmap[code] * absmax[block]`` (``lowmem_adam.dynamic_map``), where blocks count the elements in the
+order in which the step ran over them. For state that is not row-major that is the logical order on the CPU, but the
+order in memory on accelerators, where the parameter was made contiguous and its state was not. Codes tell, since each
+block's largest has the last code. 32-bit state does not: it is taken as of the device where it lies, so load it where
+it was made.
 
 All of its Adam classes decouple weight decay, and read one another's state.
 
-Sources: bitsandbytes 0.50.2, ``optim/optimizer.py``, ``functional.py``, ``backends/{cpu,cuda}/ops.py``; the dynamic map
-of Dettmers et al. 2022 (arXiv 2110.02861).
+Sources: bitsandbytes 0.50.2, ``optim/optimizer.py``, ``functional.py``, ``backends/{cpu,cuda}/ops.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_adam import dynamic_map
 from lowmem_adam.foreign.moments import (
     SHARED_SETTINGS,
     Format,
@@ -30,34 +31,17 @@ from lowmem_adam.foreign.moments import (
     plain_tensor,
     step_count,
 )
-from lowmem_adam.kernels.reference import TILE_ELEMENTS
+from lowmem_adam.kernels import reference
+from lowmem_adam.kernels.fragment import DynamicMoments
+from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE, MIN_FLAT_CODED_NUMEL, Layout
 from lowmem_adam.shard import read
+from lowmem_adam.state import DYNAMIC_KEYS
 
 NESTED = "__bnb_optimizer_quant_state__"
 """Key under which it saves all of a parameter's state but ``step``, from 0.49.2 on; before, there was no such level."""
 
-BLOCK = 256
-"""Elements of a block since 0.44; before, it was 2048."""
-
-MIN_8BIT_NUMEL = 4096
-"""Smaller tensors keep fp32 moments in its 8-bit optimizers."""
-
 FULL_KEYS = ("state1", "state2")
 CODED_KEYS = ("state1", "qmap1", "state2", "qmap2", "absmax1", "absmax2")
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values of its 8-bit formats in rising order, float32, equal to its ``create_dynamic_map``.
-
-    Seven decades below 1, each cut into twice as many equal parts as the one below, whose middles are the values: 1 to
-    64 parts for each sign, or 2 to 128 without signs; and 0 and 1.
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (decade if signed else decade + 1) + 1)
-        middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)
-        values += [middles, -middles] if signed else [middles]
-    return torch.cat(values).sort().values
 
 
 def _is_ours(names: set[str], keys: set[str]) -> bool:
@@ -100,14 +84,23 @@ def _read_state(given: Mapping[str, Any], shape: Sequence[int], label: str) -> S
     codes = [_as_stepped(one, in_memory) for one in both]
 
     def dequantized(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        block = torch.arange(start, stop, device=device) // BLOCK
+        block = torch.arange(start, stop, device=device) // FLAT_BLOCK_SIZE
         first, second = (
             table[read(code, start, stop).int()] * scale[block]
             for code, table, scale in zip(codes, maps, scales, strict=True)
         )
         return first, second
 
-    return Source(step, device, dequantized)
+    def as_they_are() -> DynamicMoments:
+        for key, table, signed in zip(("qmap1", "qmap2"), maps, (True, False), strict=True):
+            if not torch.equal(table.cpu(), dynamic_map.dynamic_map(signed)):
+                raise ValueError(
+                    f"{label}: {key} is not the dynamic map that bitsandbytes makes; accepted under "
+                    f"moments={FLAT!r}: that map (other settings of moments take the state with any)"
+                )
+        return DynamicMoments(*(code.reshape(shape) for code in codes), *scales)
+
+    return Source(step, device, dequantized, as_they_are)
 
 
 def _check_is_adam(state: dict[str, Any], label: str) -> None:
@@ -127,13 +120,13 @@ def _check_is_adam(state: dict[str, Any], label: str) -> None:
 
 
 def _block_count(state: Mapping[str, Any], numel: int, label: str) -> int:
-    blocks = -(-numel // BLOCK)
+    blocks = dynamic_map.n_blocks(numel)
     for key in ("absmax1", "absmax2"):
         found = state[key]
         if isinstance(found, Tensor) and found.ndim == 1 and len(found) != blocks:
             raise ValueError(
-                f"{label}: {key} has {len(found)} blocks for {numel} elements; accepted: {blocks}, blocks of {BLOCK} "
-                "as bitsandbytes has made them since 0.44"
+                f"{label}: {key} has {len(found)} blocks for {numel} elements; accepted: {blocks}, blocks of "
+                f"{FLAT_BLOCK_SIZE} as bitsandbytes has made them since 0.44"
             )
     return blocks
 
@@ -142,7 +135,7 @@ def _blocks_in_memory(state2: Tensor, absmax: Tensor) -> bool:
     """Whether blocks count the elements in the order in memory."""
 
     def fits(codes: Tensor) -> bool:
-        rows = F.pad(codes.reshape(-1), (0, -codes.numel() % BLOCK)).view(-1, BLOCK)
+        rows = F.pad(codes.reshape(-1), (0, -codes.numel() % FLAT_BLOCK_SIZE)).view(-1, FLAT_BLOCK_SIZE)
         return bool(((rows.amax(1) == 255) | (absmax == 0)).all())
 
     if state2.is_contiguous():
@@ -174,31 +167,33 @@ def _defaults(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _write_state(state: Mapping[str, Tensor], param: Tensor, moments: str) -> dict[str, Any]:
     device = next(tensor.device for key, tensor in state.items() if key != "step")
+    if "state1" in state:
+        return {"step": int(state["step"]), NESTED: _with_maps([state[key].contiguous() for key in DYNAMIC_KEYS])}
     both = [torch.empty(param.shape, dtype=torch.float32, device=device) for _ in range(2)]
     decode_into(state, *both)
-    if moments == "32bit" or param.numel() < MIN_8BIT_NUMEL:
-        quantized = dict(zip(FULL_KEYS, both, strict=True))
-    else:
-        maps = [dynamic_map(signed).to(device) for signed in (True, False)]
-        codes, scales = zip(*map(_quantized, both, maps), strict=True)
-        quantized = dict(zip(CODED_KEYS, (codes[0], maps[0], codes[1], maps[1], *scales), strict=True))
-    return {"step": int(state["step"]), NESTED: quantized}
+    if "exp_avg_code" not in state and (moments != "8bit" or param.numel() < MIN_FLAT_CODED_NUMEL):
+        return {"step": int(state["step"]), NESTED: dict(zip(FULL_KEYS, both, strict=True))}
+    return {"step": int(state["step"]), NESTED: _with_maps(_quantized(*both))}
 
 
-def _quantized(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous fp32 values as uint8 codes of their shape, the nearest, and one scale for each block in flat order."""
-    flat = values.view(-1)
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-len(flat) // BLOCK), device=flat.device)
-    middles = (table[1:] + table[:-1]) / 2
-    for start in range(0, len(flat), TILE_ELEMENTS):
-        part = flat[start : start + TILE_ELEMENTS]
-        rows = F.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
-        scale = rows.abs().amax(1)
-        scaled = rows / torch.where(scale > 0, scale, 1.0)[:, None]
-        codes[start : start + len(part)] = torch.bucketize(scaled, middles).view(-1)[: len(part)].to(torch.uint8)
-        absmax[start // BLOCK : start // BLOCK + len(scale)] = scale
-    return codes.view(values.shape), absmax
+def _with_maps(moments: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Codes and scales as its state has them: copies, and the maps beside them."""
+    codes1, codes2, *scales = (tensor.clone() for tensor in moments)
+    maps = [dynamic_map.dynamic_map(signed).to(codes1.device, copy=True) for signed in (True, False)]
+    return dict(zip(CODED_KEYS, (codes1, maps[0], codes2, maps[1], *scales), strict=True))
+
+
+def _quantized(exp_avg: Tensor, exp_avg_sq: Tensor) -> DynamicMoments:
+    """Contiguous fp32 values as the nearest codes, of their shape."""
+    layout, device = Layout.of(exp_avg.shape, FLAT), exp_avg.device
+    codes = (torch.empty(exp_avg.shape, dtype=torch.uint8, device=device) for _ in range(2))
+    made = DynamicMoments(*codes, *(torch.empty(layout.n_blocks, device=device) for _ in range(2)))
+    for tile in layout.tiles(0, layout.n_blocks, reference.TILE_ELEMENTS):
+        flat = (values.view(-1)[tile.start : tile.stop] for values in (exp_avg, exp_avg_sq))
+        first, second = (reference.to_blocks(values, tile) for values in flat)
+        blocks = slice(tile.first_block, tile.first_block + tile.n_blocks)
+        reference.store_dynamic(made, (first, second), None, tile, tile.start, tile.stop, blocks)
+    return made
 
 
 FORMAT = Format(

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.codec import FORMAT
+from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, Work
+from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, Work
 from lowmem_adam.kernels.records import RECORD, pack
+from lowmem_adam.layout import BLOCK_SIZE, FLAT_BLOCK_SIZE
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_DIMS = 8
 ISAS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets by the numbers that the library has for them."""
@@ -33,12 +35,17 @@ _BEST = -1
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASTER_KINDS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
+_BLOCK_SIZES = {
+    "CodedMoments": (BLOCK_SIZE,),
+    "DynamicMoments": (FLAT_BLOCK_SIZE,),
+    "FullMoments": (BLOCK_SIZE, FLAT_BLOCK_SIZE),
+}
 _FORKED = 6
 _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 5: "number of threads"}
 
-# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span; master and its kind; rows, cols,
-# first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
-_FRAGMENT = struct.Struct("QQii QQii QQQQ Qq qqqqq")
+# Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span, absmax1, absmax2; master and its
+# kind; rows, cols, block_size, first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
+_FRAGMENT = struct.Struct("QQii QQii QQQQQQ Qq qqqqqq")
 
 
 class LibraryError(RuntimeError):
@@ -135,6 +142,8 @@ def _declared(handle: ctypes.CDLL, path: Path) -> ctypes.CDLL:
             raise LibraryError(f"{path} has interface version {version}; accepted: {ABI_VERSION} (build it anew)")
         handle.lowmem_adam_format.restype = _Format
         _check_format(handle.lowmem_adam_format(), path)
+        handle.lowmem_adam_dynamic_map.restype = ctypes.POINTER(ctypes.c_float)
+        _check_dynamic_maps(handle, path)
         handle.lowmem_adam_openmp_library.restype = ctypes.c_char_p
         handle.lowmem_adam_step.argtypes = (
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
@@ -155,6 +164,13 @@ def _check_format(compiled: _Format, path: Path) -> None:
         wanted = expected[name] if name in expected else getattr(FORMAT, name)
         if value != wanted:
             raise LibraryError(f"{path} was compiled with {name} = {value}; accepted: {wanted} (build it anew)")
+
+
+def _check_dynamic_maps(handle: ctypes.CDLL, path: Path) -> None:
+    """The one description of bitsandbytes' format is ``dynamic_map``."""
+    for signed in (True, False):
+        if handle.lowmem_adam_dynamic_map(int(signed))[:256] != dynamic_map(signed).tolist():
+            raise LibraryError(f"{path} was compiled with other dynamic maps; accepted: dynamic_map's (build it anew)")
 
 
 def describe() -> dict[str, str | int | None]:
@@ -277,12 +293,13 @@ class _FragmentPlace:
         moments, layout = fragment.moments, fragment.layout
         self.numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
         self.param = _Place(fragment.param)
-        pointers = [tensor.data_ptr() for tensor in moments]
-        if not isinstance(moments, CodedMoments):
-            pointers += [0, 0]
+        first, second, *metadata = (tensor.data_ptr() for tensor in moments)
+        of_rows = metadata if isinstance(moments, CodedMoments) else (0, 0)
+        flat = metadata if isinstance(moments, DynamicMoments) else (0, 0)
+        pointers = [first, second, *of_rows, *flat]
         master = fragment.master
         pointers += (0, 0) if master is None else (master.data_ptr(), _MASTER_KINDS[master.dtype])
-        self.rest = (*pointers, layout.rows, layout.cols, fragment.first_block, fragment.end_block)
+        self.rest = (*pointers, layout.rows, layout.cols, layout.block_size, fragment.first_block, fragment.end_block)
 
 
 def _place_of(fragment: Fragment) -> _FragmentPlace:
@@ -337,8 +354,21 @@ def check(fragment: Fragment, device: torch.device) -> None:
             ("block_floor", torch.uint8, blocks),
             ("block_span", torch.uint8, blocks),
         )
+    elif isinstance(moments, DynamicMoments):
+        held = (
+            ("state1", torch.uint8, numel),
+            ("state2", torch.uint8, numel),
+            ("absmax1", torch.float32, blocks),
+            ("absmax2", torch.float32, blocks),
+        )
     else:
         held = (("exp_avg", torch.float32, numel), ("exp_avg_sq", torch.float32, numel))
+    sizes = _BLOCK_SIZES[type(moments).__name__]
+    if layout.block_size not in sizes:
+        raise ValueError(
+            f"layout has blocks of {layout.block_size} elements for {type(moments).__name__}; accepted: "
+            f"{' or '.join(map(str, sizes))}"
+        )
     tensors: tuple[Tensor, ...] = moments
     master = fragment.master
     if master is not None:

@@ -24,11 +24,28 @@ class CodedMoments(NamedTuple):
     block_span: Tensor
 
 
+class DynamicMoments(NamedTuple):
+    """Moments of a fragment in bitsandbytes' 8-bit format (``lowmem_adam.dynamic_map``), contiguous.
+
+    ``state1`` and ``state2``, uint8, are the codes of first and second moment, as many as the fragment has elements;
+    ``absmax1`` and ``absmax2``, float32, as many as it has blocks, which are of ``FLAT_BLOCK_SIZE``.
+    """
+
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor
+    absmax2: Tensor
+
+
 class FullMoments(NamedTuple):
     """fp32 moments of a fragment, contiguous, in the parameter's order."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+Moments = CodedMoments | DynamicMoments | FullMoments
+"""All kinds of moments; those of ``DynamicMoments`` have a layout of ``Layout.of(shape, FLAT)``."""
 
 
 class Fragment(NamedTuple):
@@ -47,7 +64,7 @@ class Fragment(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    moments: CodedMoments | FullMoments
+    moments: Moments
     layout: Layout
     first_block: int
     end_block: int
@@ -97,6 +114,10 @@ class StepScalars:
     """Leave blocks with a non-finite gradient as they are, and count them."""
     step: int
     seed: int
+    lr: float
+    """As given, like the next two: for kernels that calculate in another order."""
+    plain_eps: float
+    decoupled_decay: float
 
     @classmethod
     def at_step(
@@ -130,6 +151,9 @@ class StepScalars:
             skip_nonfinite=nonfinite == "skip",
             step=step,
             seed=seed,
+            lr=lr,
+            plain_eps=eps,
+            decoupled_decay=weight_decay if decoupled else 0.0,
         )
 
 

@@ -17,10 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_adam import codec
+from lowmem_adam import codec, dynamic_map
 from lowmem_adam.kernels import rounding
-from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars, Work
-from lowmem_adam.layout import BLOCK_SIZE, Tile
+from lowmem_adam.kernels.fragment import (
+    CodedMoments,
+    DynamicMoments,
+    Fragment,
+    FullMoments,
+    Moments,
+    StepScalars,
+    Work,
+)
+from lowmem_adam.layout import Tile
 
 TILE_ELEMENTS = 65536
 """Elements worked on at once, 256 KiB a temporary: half of it took a third more time in calls (2 MiB of L2 cache, one
@@ -69,6 +77,8 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
             master.copy_(from_blocks(new_rest, tile))
         if isinstance(fragment.moments, CodedMoments):
             store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
+        elif isinstance(fragment.moments, DynamicMoments):
+            store_dynamic(fragment.moments, (new_exp_avg, new_exp_avg_sq), keep, tile, low, high, blocks)
         else:
             store_full(fragment.moments, (exp_avg, exp_avg_sq), (new_exp_avg, new_exp_avg_sq), keep, tile, low, high)
     return skipped
@@ -148,7 +158,7 @@ class _FlatView:
 
 def to_blocks(flat: Tensor, tile: Tile) -> Tensor:
     """A tile's elements as its block matrix ``(n_blocks, width)``, tails padded with zeros."""
-    padding = tile.blocks_per_row * BLOCK_SIZE - tile.cols if tile.cols > BLOCK_SIZE else 0
+    padding = tile.blocks_per_row * tile.block_size - tile.cols if tile.cols > tile.block_size else 0
     matrix = flat.view(tile.rows, tile.cols)
     return (F.pad(matrix, (0, padding)) if padding else matrix).view(tile.n_blocks, tile.width)
 
@@ -158,10 +168,13 @@ def from_blocks(matrix: Tensor, tile: Tile) -> Tensor:
     return matrix.view(tile.rows, -1)[:, : tile.cols].reshape(-1)
 
 
-def load_moments(
-    moments: CodedMoments | FullMoments, tile: Tile, low: int, high: int, blocks: slice
-) -> tuple[Tensor, Tensor]:
+def load_moments(moments: Moments, tile: Tile, low: int, high: int, blocks: slice) -> tuple[Tensor, Tensor]:
     """First and second moment of a tile, float32 ``(n_blocks, width)``."""
+    if isinstance(moments, DynamicMoments):
+        codes = (to_blocks(code.view(-1)[low:high], tile) for code in (moments.state1, moments.state2))
+        scales = (scale.view(-1)[blocks] for scale in (moments.absmax1, moments.absmax2))
+        exp_avg, exp_avg_sq = map(dynamic_map.decode, codes, scales, (True, False))
+        return exp_avg, exp_avg_sq
     if isinstance(moments, FullMoments):
         return (
             to_blocks(moments.exp_avg.view(-1)[low:high], tile),
@@ -197,6 +210,30 @@ def store_codes(
     moments.exp_avg_sq_code.view(-1)[low:high].copy_(from_blocks(new.root, tile))
     moments.block_floor.view(-1)[blocks].copy_(new.grid.floor)
     moments.block_span.view(-1)[blocks].copy_(new.grid.span)
+
+
+def store_dynamic(
+    moments: DynamicMoments,
+    new: tuple[Tensor, Tensor],
+    keep: Tensor | None,
+    tile: Tile,
+    low: int,
+    high: int,
+    blocks: slice,
+) -> None:
+    """Code new moments, float32 ``(n_blocks, width)``, of a tile in flat blocks, but for what ``keep`` leaves."""
+    for code, absmax, value, signed in (
+        (moments.state1, moments.absmax1, new[0], True),
+        (moments.state2, moments.absmax2, new[1], False),
+    ):
+        # Code 0, with which codes are padded, stands for a value that must not count for absmax.
+        new_code, new_absmax = dynamic_map.encode(to_blocks(from_blocks(value, tile), tile), signed)
+        code, absmax = code.view(-1)[low:high], absmax.view(-1)[blocks]
+        if keep is not None:
+            new_code = torch.where(keep, to_blocks(code, tile), new_code)
+            new_absmax = torch.where(keep[:, 0], absmax, new_absmax)
+        code.copy_(from_blocks(new_code, tile))
+        absmax.copy_(new_absmax)
 
 
 def store_full(

@@ -5,7 +5,10 @@
 
 #include <stddef.h>
 
+#include <type_traits>
+
 #include "coded.h"
+#include "dynamic.h"
 
 namespace {
 
@@ -61,28 +64,49 @@ inline void copy_out(const lowmem_adam_tensor &to, const T *from, int64_t start,
     }
 }
 
+// How moments are held, and in blocks of at most how many elements. What codes are padded with stands for 0.
+struct CodedKind {
+    using First = int8_t;
+    using Second = uint8_t;
+    static constexpr int kSize = kBlockSize, kPadding = 0;
+};
+struct DynamicKind {
+    using First = uint8_t;
+    using Second = uint8_t;
+    static constexpr int kSize = kFlatBlockSize, kPadding = kSignedZero;
+};
+struct FullKind {
+    using First = float;
+    using Second = float;
+    static constexpr int kSize = kFlatBlockSize, kPadding = 0;
+};
+
 // Room for one block: short ones, and those of tensors that are not contiguous, are stepped here.
-template <class P, class G, class M1, class M2, Rounding rounding>
+template <class P, class G, class Kind, Rounding rounding>
 struct Stage {
-    alignas(64) typename P::Stored param[kBlockSize];
-    alignas(64) typename G::Stored grad[kBlockSize];
-    alignas(64) M1 exp_avg[kBlockSize];
-    alignas(64) M2 exp_avg_sq[kBlockSize];
-    alignas(64) typename Master<rounding>::Stored master[keeps_master(rounding) ? kBlockSize : 1];
+    alignas(64) typename P::Stored param[Kind::kSize];
+    alignas(64) typename G::Stored grad[Kind::kSize];
+    alignas(64) typename Kind::First exp_avg[Kind::kSize];
+    alignas(64) typename Kind::Second exp_avg_sq[Kind::kSize];
+    alignas(64) typename Master<rounding>::Stored master[keeps_master(rounding) ? Kind::kSize : 1];
 };
 
 // Steps the blocks [first, end) of one fragment.
-template <class V, class P, class G, class M1, class M2, Rounding rounding>
+template <class V, class P, class G, class Kind, Rounding rounding>
 class BlockLoop {
-    static constexpr bool kCoded = sizeof(M1) == 1;
+    using M1 = typename Kind::First;
+    using M2 = typename Kind::Second;
+    static constexpr bool kCoded = std::is_same<Kind, CodedKind>::value;
+    static constexpr bool kDynamic = std::is_same<Kind, DynamicKind>::value;
+    static constexpr bool kFull = std::is_same<Kind, FullKind>::value;
     static constexpr int kQuad = 4 * V::kLanes;
 
    public:
     BlockLoop(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s)
         : f_(f), s_(s), h_(s), scale_(s.grad_scale < 0 ? -s.grad_scale : s.grad_scale),
           careful_(s.eps < kSmallestNormal),
-          direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + kBlockSize - 1) / kBlockSize),
-          origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * kBlockSize) {}
+          direct_(f.param.dims == 0 && f.grad.dims == 0), per_row_((f.cols + size() - 1) / size()),
+          origin_(f.first_block / per_row_ * f.cols + f.first_block % per_row_ * size()) {}
 
     int64_t run(int64_t first, int64_t end) {
         if (careful_) {
@@ -99,24 +123,29 @@ class BlockLoop {
     using Block = BlockData<P, G, rounding>;
     using Rest = typename Master<rounding>::Stored;
 
+    // Elements of a block: of coded ones a constant.
+    LOWMEM_ADAM_INLINE int size() const { return kFull ? static_cast<int>(f_.block_size) : Kind::kSize; }
+
     Block block_at(int64_t b, int64_t start) const {
         Block block;
-        block.count = kBlockSize;
+        block.count = size();
         block.param = static_cast<typename P::Stored *>(f_.param.data) + start;
         block.grad = static_cast<const typename G::Stored *>(f_.grad.data) + start;
         block.exp_avg = static_cast<M1 *>(f_.exp_avg) + start;
         block.exp_avg_sq = static_cast<M2 *>(f_.exp_avg_sq) + start;
         block.floor = kCoded ? f_.block_floor + (b - f_.first_block) : nullptr;
         block.span = kCoded ? f_.block_span + (b - f_.first_block) : nullptr;
+        block.absmax1 = kDynamic ? f_.absmax1 + (b - f_.first_block) : nullptr;
+        block.absmax2 = kDynamic ? f_.absmax2 + (b - f_.first_block) : nullptr;
         block.master = keeps_master(rounding) ? static_cast<Rest *>(f_.master) + start : nullptr;
         return block;
     }
 
-    // Starts to load what is six blocks further on; beyond the end it does nothing. Float32 leaves a page every eight
+    // Starts to load what is 768 elements further on; beyond the end it does nothing. Float32 leaves a page every eight
     // blocks, where the processor's own prefetch stops. In 16 bits there is time enough, and instructions count.
     static LOWMEM_ADAM_INLINE void fetch_ahead(const Block &block) {
         constexpr int kAhead = 6 * kBlockSize, kLine = 64 / sizeof(float);
-        for (int i = kAhead; i < kAhead + kBlockSize; i += kLine) {
+        for (int i = kAhead; i < kAhead + Kind::kSize; i += kLine) {
             __builtin_prefetch(block.param + i, 1);
             __builtin_prefetch(block.grad + i);
         }
@@ -124,18 +153,18 @@ class BlockLoop {
 
     template <Path path>
     LOWMEM_ADAM_INLINE void run_on(int64_t first, int64_t end) {
-        int64_t row = first / per_row_, within = first % per_row_ * kBlockSize;
+        int64_t row = first / per_row_, within = first % per_row_ * size();
         for (int64_t b = first; b < end; ++b) {
             const int64_t start = row * f_.cols + within - origin_;
             const int64_t left = f_.cols - within;
-            if (direct_ && left >= kBlockSize) {
+            if (direct_ && left >= size()) {
                 const Block block = block_at(b, start);
-                if (kCoded && sizeof(*block.param) == sizeof(float)) fetch_ahead(block);
+                if ((kCoded || kDynamic) && sizeof(*block.param) == sizeof(float)) fetch_ahead(block);
                 step<path>(block, b);
             } else {
-                step_staged<path>(b, start, static_cast<int>(left < kBlockSize ? left : kBlockSize));
+                step_staged<path>(b, start, static_cast<int>(left < size() ? left : size()));
             }
-            within += kBlockSize;
+            within += size();
             if (within >= f_.cols) {
                 within = 0;
                 ++row;
@@ -148,7 +177,7 @@ class BlockLoop {
     template <Path path>
     __attribute__((noinline)) void step_staged(int64_t b, int64_t start, int n) {
         flush();
-        Stage<P, G, M1, M2, rounding> stage;
+        Stage<P, G, Kind, rounding> stage;
         Block block = block_at(b, start);
         M1 *exp_avg = static_cast<M1 *>(block.exp_avg);
         M2 *exp_avg_sq = static_cast<M2 *>(block.exp_avg_sq);
@@ -156,7 +185,7 @@ class BlockLoop {
         block.count = (n + kQuad - 1) / kQuad * kQuad;
         copy_in(stage.param, f_.param, start, n, block.count);
         copy_in(stage.grad, f_.grad, start, n, block.count);
-        __builtin_memset(stage.exp_avg, 0, sizeof stage.exp_avg);
+        __builtin_memset(stage.exp_avg, Kind::kPadding, sizeof stage.exp_avg);
         __builtin_memset(stage.exp_avg_sq, 0, sizeof stage.exp_avg_sq);
         __builtin_memcpy(stage.exp_avg, exp_avg, length * sizeof(M1));
         __builtin_memcpy(stage.exp_avg_sq, exp_avg_sq, length * sizeof(M2));
@@ -188,8 +217,17 @@ class BlockLoop {
             pending_ = stepped ? &current : nullptr;
             pending_count_ = block.count;
             if (!stepped) step_checked<path>(block, dither);
-        } else {
+        } else if (!kDynamic || path == Path::careful || !stepped_dynamic<path>(block, dither)) {
             step_checked<path>(block, dither);
+        }
+    }
+
+    template <Path path>
+    LOWMEM_ADAM_INLINE bool stepped_dynamic(const Block &block, const BlockDither &dither) {
+        if constexpr (kDynamic) {
+            return dynamic_block<V, P, G, path, rounding>(h_, block, dither);
+        } else {
+            return false;
         }
     }
 
@@ -200,7 +238,9 @@ class BlockLoop {
         const bool finite = largest_grad < __builtin_inff();
         if (s_.skip_nonfinite && !finite) {
             ++skipped_;
-        } else if (kCoded) {
+        } else if constexpr (kDynamic) {
+            careful_dynamic_block<V, P, G, rounding>(h_, block, dither);
+        } else if constexpr (kCoded) {
             careful_block<V, P, G, rounding>(h_, block, dither);
         } else if (finite) {
             full_block<V, P, G, path, rounding>(h_, block, dither);
@@ -230,8 +270,9 @@ class BlockLoop {
 
 template <class V, class P, class G, Rounding rounding>
 int64_t with_moments(const lowmem_adam_fragment &f, const lowmem_adam_scalars &s, int64_t first, int64_t end) {
-    if (f.block_floor) return BlockLoop<V, P, G, int8_t, uint8_t, rounding>(f, s).run(first, end);
-    return BlockLoop<V, P, G, float, float, rounding>(f, s).run(first, end);
+    if (f.block_floor) return BlockLoop<V, P, G, CodedKind, rounding>(f, s).run(first, end);
+    if (f.absmax1) return BlockLoop<V, P, G, DynamicKind, rounding>(f, s).run(first, end);
+    return BlockLoop<V, P, G, FullKind, rounding>(f, s).run(first, end);
 }
 
 template <class V, class P, class G>

@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr uint32_t kInfinityBits = 0x7F800000;
-
 // codec.reciprocal
 template <class V>
 LOWMEM_ADAM_INLINE Quad<V> reciprocal(const Quad<V> &x) {

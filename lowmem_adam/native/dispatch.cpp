@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "dynamic_map.h"
 #include "format.h"
 #include "work.h"
 
@@ -16,6 +17,41 @@
 #include <pthread.h>
 #define LOWMEM_ADAM_POSIX 1
 #endif
+
+// ---------------------------------------------------------------- tables
+
+namespace {
+
+// Of `count` values in rising order: dynamic_map.thresholds.
+void fill_bins(int32_t (&bins)[kBins], const uint32_t *values, int count) {
+    int nearest = 0;
+    for (int32_t bin = 0; bin < kBins; ++bin) {
+        const uint32_t upper = static_cast<uint32_t>(kLowestBin + bin) << 16;
+        uint32_t threshold = UINT32_MAX;  // the largest number that this value is the nearest to
+        if (nearest + 1 < count) {
+            const double middle = (static_cast<double>(float_of_bits(values[nearest])) +
+                                   static_cast<double>(float_of_bits(values[nearest + 1]))) / 2;
+            threshold = bits_of_float(static_cast<float>(middle));
+            if (static_cast<double>(float_of_bits(threshold)) > middle) --threshold;
+        }
+        const bool ends_here = threshold - upper <= 0xFFFF;
+        const uint32_t rest = ends_here ? 0xFFFF - (threshold - upper) : 0;
+        bins[bin] = static_cast<int32_t>(static_cast<uint32_t>(nearest) << 16 | rest);
+        nearest += ends_here;
+    }
+}
+
+}  // namespace
+
+DynamicTables::DynamicTables() {
+    for (int i = 0; i < 256; ++i) values[0][i] = float_of_bits(kUnsignedValues[i]);
+    for (int i = 0; i <= kSignedZero + 1; ++i) values[1][kSignedZero + i] = float_of_bits(kSignedValues[i]);
+    for (int i = 1; i <= kSignedZero; ++i) values[1][kSignedZero - i] = -float_of_bits(kSignedValues[i]);
+    fill_bins(bins[0], kUnsignedValues, 256);
+    fill_bins(bins[1], kSignedValues, kSignedZero + 2);
+}
+
+const DynamicTables lowmem_adam_dynamic_tables;
 
 namespace {
 
@@ -63,16 +99,17 @@ bool good_tensor(const lowmem_adam_tensor &t, int64_t numel) {
     return elements == numel;
 }
 
-int64_t blocks_per_row(const lowmem_adam_fragment &f) { return f.cols / kBlockSize + (f.cols % kBlockSize != 0); }
+int64_t blocks_per_row(const lowmem_adam_fragment &f) { return f.cols / f.block_size + (f.cols % f.block_size != 0); }
 
 // Elements before a block.
 int64_t block_start(const lowmem_adam_fragment &f, int64_t block) {
     const int64_t per_row = blocks_per_row(f);
-    return block / per_row * f.cols + block % per_row * kBlockSize;
+    return block / per_row * f.cols + block % per_row * f.block_size;
 }
 
 int32_t check(const lowmem_adam_fragment &f, int64_t scalars_count) {
     if (f.rows < 0 || f.cols < 0 || f.scalars < 0 || f.scalars >= scalars_count) return LOWMEM_ADAM_BAD_LAYOUT;
+    if (f.block_size != kBlockSize && f.block_size != kFlatBlockSize) return LOWMEM_ADAM_BAD_LAYOUT;
     int64_t blocks, elements;
     if (__builtin_mul_overflow(f.rows, blocks_per_row(f), &blocks) ||
         __builtin_mul_overflow(f.rows, f.cols, &elements) || elements > INT64_MAX / 8 || f.first_block < 0 ||
@@ -91,8 +128,13 @@ int32_t check(const lowmem_adam_fragment &f, int64_t scalars_count) {
     const int64_t numel = block_start(f, f.end_block) - block_start(f, f.first_block);
     if (!good_tensor(f.param, numel) || !good_tensor(f.grad, numel)) return LOWMEM_ADAM_BAD_LAYOUT;
     if (!f.param.data || !f.grad.data || !f.exp_avg || !f.exp_avg_sq || !f.block_floor != !f.block_span ||
+        !f.absmax1 != !f.absmax2 ||
         !f.master != (f.master_kind == LOWMEM_ADAM_NO_MASTER)) {
         return LOWMEM_ADAM_BAD_POINTER;
+    }
+    if ((f.block_floor && f.block_size != kBlockSize) || (f.absmax1 && f.block_size != kFlatBlockSize) ||
+        (f.block_floor && f.absmax1)) {
+        return LOWMEM_ADAM_BAD_LAYOUT;
     }
     return LOWMEM_ADAM_OK;
 }
@@ -199,6 +241,10 @@ void run(WorkList &list, int threads) {
 int32_t lowmem_adam_abi_version(void) { return LOWMEM_ADAM_ABI_VERSION; }
 
 struct lowmem_adam_format lowmem_adam_format(void) { return kFormat; }
+
+const float *lowmem_adam_dynamic_map(int32_t is_signed) {
+    return lowmem_adam_dynamic_tables.values[is_signed != 0];
+}
 
 int32_t lowmem_adam_has_isa(int32_t isa) { return function_of(isa) != nullptr; }
 

@@ -20,14 +20,15 @@ struct Float16 {
 };
 
 // Lane i of a block adds i times the Weyl increment to its block's word: codec.Dither.
+template <int lanes>
 struct LaneWords {
-    alignas(64) int32_t words[kBlockSize];
+    alignas(64) int32_t words[lanes];
     constexpr explicit LaneWords(uint32_t increment) : words() {
-        for (int i = 0; i < kBlockSize; ++i) words[i] = static_cast<int32_t>(increment * static_cast<uint32_t>(i));
+        for (int i = 0; i < lanes; ++i) words[i] = static_cast<int32_t>(increment * static_cast<uint32_t>(i));
     }
 };
-constexpr LaneWords kMomentLanes(kFormat.moment_lane);
-constexpr LaneWords kUpdateLanes(kFormat.update_lane);
+constexpr LaneWords<kBlockSize> kMomentLanes(kFormat.moment_lane);
+constexpr LaneWords<kFlatBlockSize> kUpdateLanes(kFormat.update_lane);
 
 // Four vectors go through each stage side by side: one vector's chain of operations is long, and a processor looks
 // ahead too few instructions to find the next vector's.

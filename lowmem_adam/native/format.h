@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kBlockSize = 128;
+constexpr int kFlatBlockSize = 256;  // of bitsandbytes' format, and of all moments beside it: layout.FLAT_BLOCK_SIZE
 
 constexpr struct lowmem_adam_format kFormat = {
     /*fragment_bytes*/ sizeof(struct lowmem_adam_fragment),
@@ -34,6 +35,7 @@ constexpr struct lowmem_adam_format kFormat = {
 };
 
 constexpr int kMantissaBits = 23;
+constexpr uint32_t kInfinityBits = 0x7F800000;
 constexpr float kSmallestNormal = 0x1p-126f;
 constexpr float kLargestRoot = 0x1p64f;     // codec.LARGEST_ROOT
 constexpr float kLargestMoment = 0x1p100f;  // codec.LARGEST_MOMENT

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LOWMEM_ADAM_ABI_VERSION 2
+#define LOWMEM_ADAM_ABI_VERSION 3
 
 /* The most dimensions of a tensor that is not contiguous, after neighbours that run on in memory were merged. */
 #define LOWMEM_ADAM_MAX_DIMS 8
@@ -65,8 +65,9 @@ struct lowmem_adam_tensor {
 };
 
 /* Blocks [first_block, end_block) of a parameter of `rows` rows of `cols` elements; all pointers begin at the first of
- * them. With block_floor, exp_avg and exp_avg_sq are int8 and uint8 codes, without it float32, always contiguous, as is
- * master. */
+ * them. With block_floor, exp_avg and exp_avg_sq are int8 and uint8 codes; with absmax1, uint8 codes of bitsandbytes'
+ * dynamic maps; without either float32. They are always contiguous, as is master. Blocks have 128 elements, or 256: those
+ * of bitsandbytes, and of float32 moments beside it. */
 struct lowmem_adam_fragment {
     struct lowmem_adam_tensor param;
     struct lowmem_adam_tensor grad;
@@ -74,10 +75,13 @@ struct lowmem_adam_fragment {
     void *exp_avg_sq;
     uint8_t *block_floor;
     uint8_t *block_span;
+    float *absmax1;
+    float *absmax2;
     void *master;
     int64_t master_kind;
     int64_t rows;
     int64_t cols;
+    int64_t block_size;
     int64_t first_block;
     int64_t end_block;
     int64_t scalars; /* index into the array of hyperparameters */
@@ -127,6 +131,9 @@ struct lowmem_adam_format {
 LOWMEM_ADAM_API int32_t lowmem_adam_abi_version(void);
 
 LOWMEM_ADAM_API struct lowmem_adam_format lowmem_adam_format(void);
+
+/* The 256 values of bitsandbytes' signed (1) or unsigned (0) dynamic map that this library has, for comparison. */
+LOWMEM_ADAM_API const float *lowmem_adam_dynamic_map(int32_t is_signed);
 
 /* 1 where this library has the instruction set and this processor can run it, else 0. */
 LOWMEM_ADAM_API int32_t lowmem_adam_has_isa(int32_t isa);

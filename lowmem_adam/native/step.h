@@ -33,10 +33,12 @@ struct BlockData {
     int count;
     typename P::Stored *param;
     const typename G::Stored *grad;
-    void *exp_avg;     // int8 codes or float32
-    void *exp_avg_sq;  // uint8 codes or float32
+    void *exp_avg;     // codes or float32
+    void *exp_avg_sq;  // codes or float32
     uint8_t *floor;
     uint8_t *span;
+    float *absmax1;
+    float *absmax2;
     typename Master<rounding>::Stored *master;
 };
 

@@ -84,6 +84,12 @@ struct Avx2 {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
     }
 
+    // Entries of a table.
+    static I gather(const int32_t *table, I index) { return _mm256_i32gather_epi32(table, index, 4); }
+    static void look_up(const float *table, const I (&index)[4], F (&x)[4]) {
+        for (int u = 0; u < 4; ++u) x[u] = _mm256_i32gather_ps(table, index[u], 4);
+    }
+
     // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
     // no correction, zero has none that is negative. An int8 is the upper half of a correction.
     static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {

@@ -88,6 +88,12 @@ struct Avx512 {
         _mm512_storeu_si512(p, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
     }
 
+    // Entries of a table.
+    static I gather(const int32_t *table, I index) { return _mm512_i32gather_epi32(index, table, 4); }
+    static void look_up(const float *table, const I (&index)[4], F (&x)[4]) {
+        four(EACH { x[u] = _mm512_i32gather_ps(index[u], table, 4); });
+    }
+
     // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
     // no correction, zero has none that is negative. An int8 is the upper half of a correction.
     static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {

@@ -81,6 +81,20 @@ struct Neon {
         vst1q_s8(p, vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80))));
     }
 
+    // Entries of a table: there is no instruction for it.
+    static I gather(const int32_t *table, I index) {
+        const int32_t found[4] = {table[vgetq_lane_s32(index, 0)], table[vgetq_lane_s32(index, 1)],
+                                  table[vgetq_lane_s32(index, 2)], table[vgetq_lane_s32(index, 3)]};
+        return vld1q_s32(found);
+    }
+    static void look_up(const float *table, const I (&index)[4], F (&x)[4]) {
+        for (int u = 0; u < 4; ++u) {
+            const float found[4] = {table[vgetq_lane_s32(index[u], 0)], table[vgetq_lane_s32(index[u], 1)],
+                                    table[vgetq_lane_s32(index[u], 2)], table[vgetq_lane_s32(index[u], 3)]};
+            x[u] = vld1q_f32(found);
+        }
+    }
+
     // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
     // no correction, zero has none that is negative. An int8 is the upper half of a correction.
     static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {

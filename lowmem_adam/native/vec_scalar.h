@@ -80,6 +80,12 @@ struct Scalar {
         for (int u = 0; u < 4; ++u) p[u] = static_cast<int8_t>((x[u] < 1 ? 1 : saturated(x[u])) - 128);
     }
 
+    // Entries of a table.
+    static I gather(const int32_t *table, I index) { return table[index]; }
+    static void look_up(const float *table, const I (&index)[4], F (&x)[4]) {
+        for (int u = 0; u < 4; ++u) x[u] = table[index[u]];
+    }
+
     // Parameters and their corrections as words, with the parameter's sign. Infinities and NaN (from `infinity` on) have
     // no correction, zero has none that is negative. An int8 is the upper half of a correction.
     static void load_words(const uint16_t *p, const int16_t *rest, int infinity, I (&words)[4]) {

@@ -19,102 +19,31 @@
 #include <utility>
 #include <vector>
 
+#include "digest_values.h"
 #include "lowmem_adam.h"
 
 namespace {
 
-constexpr int64_t kBlock = 128;
+constexpr int64_t kBlock = 128, kFlatBlock = 256;
 constexpr int kSteps = 3;
 const char *const kIsas[] = {"scalar", "avx2", "avx512", "neon"};
 const char *const kDtypes[] = {"float32", "bfloat16", "float16"};
+const char *const kMomentNames[] = {"8bit", "32bit", "bnb8bit", "flat32bit"};
 const char *const kMasters[] = {"nothing", "float32", "int16", "int8"};
 
-using Bytes = std::vector<uint8_t>;
-
-// splitmix64
-class Random {
-   public:
-    explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15u + 0x2545F4914F6CDD1Du) {}
-    uint32_t word() {
-        uint64_t z = state_ += 0x9E3779B97F4A7C15u;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        return static_cast<uint32_t>((z ^ z >> 31) >> 32);
-    }
-    // From low to high, both included.
-    uint32_t between(uint32_t low, uint32_t high) { return low + word() % (high - low + 1); }
-
-   private:
-    uint64_t state_;
-};
-
-// ---------------------------------------------------------------- values
-
-struct Float {
-    uint32_t bytes, exponent_bits, mantissa_bits;
-    uint32_t largest_exponent() const { return (1u << exponent_bits) - 1; }
-    uint32_t one() const { return largest_exponent() / 2; }  // the biased exponent of 1
-    uint32_t infinity() const { return largest_exponent() << mantissa_bits; }
-    uint32_t magnitude() const { return infinity() | ((1u << mantissa_bits) - 1); }
-};
-constexpr Float kFloats[] = {{4, 8, 23}, {2, 8, 7}, {2, 5, 10}};
-
-enum Values {
-    kZeros,
-    kModerate,  // 2^-12 to 1
-    kSparse,    // two thirds zeros
-    kTiny,      // subnormal, or nearly: their squares vanish
-    kFinite,    // of every exponent
-    kRarely,    // one of 256 not finite
-    kAnyBits,   // infinities and NaN of every payload too
-    kPositive,  // moderate
-};
-
-uint32_t value(const Float &type, Values values, Random &random) {
-    const uint32_t bits = random.word() & (type.magnitude() | (type.magnitude() + 1));
-    const uint32_t mantissa_and_sign = bits & ~type.infinity();
-    uint32_t lowest = 0, highest = type.largest_exponent() - 1;
-    switch (values) {
-        case kZeros:
-            return 0;
-        case kAnyBits:  // NaN of all ones is the one that a carry out of its bits makes zero of
-            return random.word() % 32 ? bits : bits | type.magnitude();
-        case kSparse:
-            if (random.word() % 3) return 0;
-            break;
-        case kRarely:
-            if (random.word() % 256 == 0) return mantissa_and_sign | type.infinity();
-            break;
-        default:
-            break;
-    }
-    if (values == kTiny) highest = 2;
-    if (values == kModerate || values == kSparse || values == kRarely || values == kPositive) {
-        lowest = type.one() - 12;
-        highest = type.one();
-    }
-    const uint32_t sign = values == kPositive ? 0 : mantissa_and_sign & (type.magnitude() + 1);
-    const uint32_t exponent = random.between(lowest, highest);
-    return sign | exponent << type.mantissa_bits | (mantissa_and_sign & type.magnitude());
-}
-
-// One of `kinds` for every 64 elements, so that blocks are of one kind and of two.
-void fill(Bytes &buffer, const Float &type, const std::vector<Values> &kinds, Random &random) {
-    Values kind = kZeros;
-    for (size_t i = 0; i < buffer.size() / type.bytes; ++i) {
-        if (i % 64 == 0) kind = kinds[random.word() % kinds.size()];
-        const uint32_t bits = value(type, kind, random);
-        memcpy(buffer.data() + i * type.bytes, &bits, type.bytes);  // every machine there is puts the low bytes first
-    }
-}
-
 // ---------------------------------------------------------------- cases
+
+enum Moments { kCoded, kFull, kDynamic, kFlatFull };
 
 // What a group is made for.
 struct Kind {
     int32_t param, grad;
-    bool coded;
+    Moments moments;
     int32_t master;  // lowmem_adam_master_kind
+    bool flat() const { return moments == kDynamic || moments == kFlatFull; }
+    bool full() const { return moments == kFull || moments == kFlatFull; }
+    int64_t block() const { return flat() ? kFlatBlock : kBlock; }
+    int64_t moment_bytes() const { return full() ? 4 : 1; }
     size_t master_bytes() const { return master == LOWMEM_ADAM_NO_MASTER ? 0 : 4u >> (master - 1); }
 };
 
@@ -126,11 +55,14 @@ struct Case {
     // Row-major sizes and then strides; empty where contiguous.
     std::vector<int64_t> param_shape, grad_shape;
     // A block of memory for each, none larger than it must be: AddressSanitizer sees the first byte beyond.
-    Bytes param, grad, exp_avg, exp_avg_sq, floor, span, master;
+    Bytes param, grad, exp_avg, exp_avg_sq, floor, span, absmax1, absmax2, master;
 
     const Float &param_type() const { return kFloats[kind.param]; }
     const Float &grad_type() const { return kFloats[kind.grad]; }
-    int64_t per_row() const { return (cols + kBlock - 1) / kBlock; }
+    // As blocks see it: flat ones do not keep to rows.
+    int64_t layout_rows() const { return kind.flat() ? 1 : rows; }
+    int64_t layout_cols() const { return kind.flat() ? rows * cols : cols; }
+    int64_t per_row() const { return (layout_cols() + kind.block() - 1) / kind.block(); }
 };
 
 // All combinations, by number.
@@ -170,7 +102,7 @@ bool valid_grid(uint32_t floor, uint32_t span) {
 
 void fill_state(Case &c, const std::vector<Values> &weights, const std::vector<Values> &moments, Random &random) {
     const int64_t elements = c.rows * c.cols;
-    const size_t blocks = static_cast<size_t>(c.rows * c.per_row());
+    const size_t blocks = static_cast<size_t>(c.layout_rows() * c.per_row());
     c.param.resize(extent(c.param_shape, elements) * c.param_type().bytes);
     c.grad.resize(extent(c.grad_shape, elements) * c.grad_type().bytes);
     fill(c.param, c.param_type(), weights, random);
@@ -187,9 +119,19 @@ void fill_state(Case &c, const std::vector<Values> &weights, const std::vector<V
     } else {
         for (uint8_t &byte : c.master) byte = static_cast<uint8_t>(random.word());
     }
-    c.exp_avg.resize(static_cast<size_t>(elements) * (c.kind.coded ? 1 : 4));
+    c.exp_avg.resize(static_cast<size_t>(elements * c.kind.moment_bytes()));
     c.exp_avg_sq.resize(c.exp_avg.size());
-    if (!c.kind.coded) {
+    if (c.kind.moments == kDynamic) {
+        for (Bytes *codes : {&c.exp_avg, &c.exp_avg_sq}) {
+            for (uint8_t &code : *codes) code = static_cast<uint8_t>(random.between(0, 255));
+        }
+        for (Bytes *scales : {&c.absmax1, &c.absmax2}) {
+            scales->resize(4 * blocks);
+            fill(*scales, kFloats[0], moments[0] == kModerate ? std::vector<Values>{kPositive} : moments, random);
+        }
+        return;
+    }
+    if (c.kind.full()) {
         const std::vector<Values> squares = moments[0] == kModerate ? std::vector<Values>{kPositive, kZeros} : moments;
         fill(c.exp_avg, kFloats[LOWMEM_ADAM_FLOAT32], moments, random);
         fill(c.exp_avg_sq, kFloats[LOWMEM_ADAM_FLOAT32], squares, random);
@@ -329,21 +271,27 @@ struct Fragments {
     std::vector<std::vector<int64_t>> shapes;  // what they point to
 
     void add(Case &c, int64_t scalars, bool cut) {
-        const int64_t blocks = c.rows * c.per_row();
-        const bool contiguous = c.param_shape.empty() && c.grad_shape.empty();
+        const int64_t blocks = c.layout_rows() * c.per_row(), bytes = c.kind.moment_bytes();
+        const bool contiguous = c.param_shape.empty() && c.grad_shape.empty(), flat = c.kind.flat();
+        cut = cut && (contiguous || !flat);
         const int64_t piece = !cut ? blocks : contiguous ? 1 : c.per_row();
         for (int64_t b = 0; b < blocks; b += piece) {
-            const int64_t row = b / c.per_row(), start = row * c.cols + b % c.per_row() * kBlock;
+            const int64_t row = b / c.per_row(), start = row * c.layout_cols() + b % c.per_row() * c.kind.block();
             lowmem_adam_fragment f = {};
             f.param = tensor(c.param, c.param_type(), c.param_shape, c.kind.param, start, row, cut);
             f.grad = tensor(c.grad, c.grad_type(), c.grad_shape, c.kind.grad, start, row, cut);
-            f.exp_avg = c.exp_avg.data() + start * (c.kind.coded ? 1 : 4);
-            f.exp_avg_sq = c.exp_avg_sq.data() + start * (c.kind.coded ? 1 : 4);
+            f.exp_avg = c.exp_avg.data() + start * bytes;
+            f.exp_avg_sq = c.exp_avg_sq.data() + start * bytes;
             if (c.kind.master) f.master = c.master.data() + static_cast<size_t>(start) * c.kind.master_bytes();
             f.master_kind = c.kind.master;
-            if (c.kind.coded) f.block_floor = c.floor.data() + b, f.block_span = c.span.data() + b;
-            f.rows = c.rows_before + c.rows + 1;
-            f.cols = c.cols;
+            if (c.kind.moments == kCoded) f.block_floor = c.floor.data() + b, f.block_span = c.span.data() + b;
+            if (c.kind.moments == kDynamic) {
+                f.absmax1 = reinterpret_cast<float *>(c.absmax1.data()) + b;
+                f.absmax2 = reinterpret_cast<float *>(c.absmax2.data()) + b;
+            }
+            f.rows = flat ? 1 : c.rows_before + c.rows + 1;
+            f.cols = c.layout_cols() + (flat ? c.rows_before * c.per_row() * kFlatBlock : 0);
+            f.block_size = c.kind.block();
             f.first_block = c.rows_before * c.per_row() + b;
             f.end_block = f.first_block + piece;
             f.scalars = scalars;
@@ -414,8 +362,9 @@ uint64_t step_all(Cases cases, int32_t isa, int32_t threads, bool cut) {
             hash.floats(c.param, c.param_type());
             if (c.kind.master == LOWMEM_ADAM_MASTER_FLOAT32) hash.floats(c.master, kFloats[LOWMEM_ADAM_FLOAT32]);
             if (c.kind.master != LOWMEM_ADAM_MASTER_FLOAT32) hash.bytes(c.master);
-            if (c.kind.coded) {
+            if (!c.kind.full()) {
                 for (const Bytes *codes : {&c.exp_avg, &c.exp_avg_sq, &c.floor, &c.span}) hash.bytes(*codes);
+                for (const Bytes *scales : {&c.absmax1, &c.absmax2}) hash.floats(*scales, kFloats[0]);
             } else {
                 for (const Bytes *moments : {&c.exp_avg, &c.exp_avg_sq}) hash.floats(*moments, kFloats[0]);
             }
@@ -424,15 +373,17 @@ uint64_t step_all(Cases cases, int32_t isa, int32_t threads, bool cut) {
     return hash.value();
 }
 
+enum Serves { kEvery, kOfCodes, kOfGrids };
+
 struct Group {
     const char *name;
     Cases (*make)(const Kind &, Random &);
-    bool coded_only;
+    Serves serves;
 };
 const Group kGroups[] = {
-    {"variants", every_variant, false}, {"tails", every_tail, false},        {"any_bits", any_bits, false},
-    {"strided", strided, false},        {"far", far, false},                 {"codes", every_pair_of_codes, true},
-    {"grids", every_grid, true},
+    {"variants", every_variant, kEvery}, {"tails", every_tail, kEvery}, {"any_bits", any_bits, kEvery},
+    {"strided", strided, kEvery},        {"far", far, kEvery},          {"codes", every_pair_of_codes, kOfCodes},
+    {"grids", every_grid, kOfGrids},
 };
 
 // Prints the hash of a group, of which whole fragments and pieces must give the same.
@@ -441,7 +392,7 @@ bool print_digest(const Group &group, const Kind &kind, uint64_t seed, int32_t i
     const Cases cases = group.make(kind, random);
     const uint64_t whole = step_all(cases, isa, 1, false), cut = step_all(cases, isa, 3, true);
     const std::string name = std::string(kDtypes[kind.param]) + "+" + kDtypes[kind.grad] + "/" +
-                             (kind.coded ? "8bit" : "32bit") + "/" + kMasters[kind.master] + "/" + group.name;
+                             kMomentNames[kind.moments] + "/" + kMasters[kind.master] + "/" + group.name;
     printf("%s %016llx\n", name.c_str(), static_cast<unsigned long long>(whole));
     fflush(stdout);
     if (whole == cut) return true;
@@ -455,13 +406,15 @@ bool print_digests(int32_t isa) {
     uint64_t seed = 0;
     for (int32_t param = 0; param < 3; ++param) {
         for (int32_t grad = param; grad >= 0; grad -= param ? param : 1) {  // the same dtype, then float32
-            for (const bool coded : {true, false}) {
+            for (const Moments moments : {kCoded, kFull, kDynamic, kFlatFull}) {
                 for (int32_t master = 0; master < (param ? 4 : 1); ++master) {
                     for (const Group &group : kGroups) {
                         ++seed;
-                        // What is in a grid does not depend on where gradients come from, nor on what is kept.
-                        if (group.coded_only && (!coded || param != grad || master)) continue;
-                        same = print_digest(group, {param, grad, coded, master}, seed, isa) && same;
+                        // What codes are does not depend on where gradients come from, nor on what is kept.
+                        const Kind kind = {param, grad, moments, master};
+                        if (group.serves != kEvery && (kind.full() || param != grad || master)) continue;
+                        if (group.serves == kOfGrids && moments != kCoded) continue;
+                        same = print_digest(group, kind, seed, isa) && same;
                     }
                 }
             }

@@ -110,4 +110,19 @@ inline uint32_t _mm512_reduce_min_epu32(simde__m512i x) {
 }
 #endif
 
+#ifndef _mm512_i32gather_epi32
+// The only scale that is asked for is the size of an entry.
+inline simde__m512i _mm512_i32gather_epi32(simde__m512i index, const void *table, int) {
+    return emulated::each<simde__m512i, int32_t, int32_t>(
+        index, [table](int32_t lane) { return static_cast<const int32_t *>(table)[lane]; });
+}
+#endif
+
+#ifndef _mm512_i32gather_ps
+inline simde__m512 _mm512_i32gather_ps(simde__m512i index, const void *table, int) {
+    return emulated::each<simde__m512, float, int32_t>(
+        index, [table](int32_t lane) { return static_cast<const float *>(table)[lane]; });
+}
+#endif
+
 #endif
