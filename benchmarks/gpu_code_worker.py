@@ -225,7 +225,7 @@ def counts_of(kernel: Kernel, target: Any) -> dict[str, Any]:
 
 
 @triton.jit
-def multiply_add_kernel(x: Any, y: Any, z: Any) -> None:
+def multiply_add_kernel(x, y, z):  # type: ignore[no-untyped-def]
     """A product and a sum, for a look at what contraction makes of them."""
     at = tl.arange(0, 1024)
     tl.store(z + at, tl.load(x + at) * tl.load(y + at) + tl.load(z + at))

@@ -106,8 +106,9 @@ def flushing(ptx: str) -> Counter[str]:
 
 
 def ptx_fused(ptx: str) -> int:
-    """Fused multiply-adds."""
-    return sum(count for name, count in ptx_arithmetic(ptx).items() if name.startswith(("fma.", "mad.")))
+    """Fused multiply-adds; Blackwell has instructions of two."""
+    fused = {name: count for name, count in ptx_arithmetic(ptx).items() if name.startswith(("fma.", "mad."))}
+    return sum(count * (2 if name.endswith("x2") else 1) for name, count in fused.items())
 
 
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)

@@ -183,6 +183,7 @@ PTX = """
 	mul.rn.f32 	%f1, %f2, %f3;
 	add.f32 	%f4, %f1, %f3;
 	fma.rn.f32 	%f5, %f1, %f3, %f4;
+	fma.rn.f32x2 	%rd7, %rd8, %rd9, %rd10;
 	mul.ftz.f32 	%f6, %f1, %f3;
 	@%p2 st.global.b8 [ %rd1 + 0 ], { %rs1 };
 	st.global.v2.b32 [ %rd3 + 8 ], { %r3, %r4 };
@@ -194,7 +195,7 @@ def test_ptx() -> None:
     assert seen == ({16: 1}, {8: 1}, {8: 1}, {1: 1})
     assert counts.may_be_contracted(PTX) == {"add.f32": 1, "mul.ftz.f32": 1}
     assert counts.flushing(PTX) == {"mul.ftz.f32": 1}
-    assert counts.ptx_fused(PTX) == 1
+    assert counts.ptx_fused(PTX) == 3
 
 
 SASS = """
