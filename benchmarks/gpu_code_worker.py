@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from benchmarks import gpu_counts as counts
@@ -136,20 +137,20 @@ def compiled(launch: Launch, target: Any) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def told(tool: str, *arguments: str) -> str:
+def told(tool: str | Path, *arguments: str) -> str:
     """What a program of NVIDIA's, which come with Triton, prints."""
-    done = subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True, timeout=120)
     return done.stdout
 
 
 def assembled(ptx: str, capability: int, contract: bool) -> bytes:
-    """A binary, as Triton's call of the assembler makes it."""
+    """A binary of the assembler that Triton takes."""
     [architecture] = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        options = ["-lineinfo", f"--fmad={str(contract).lower()}", "--regAllocOptLevel=2", f"--gpu-name={architecture}"]
-        told("ptxas" if capability < 90 else "ptxas-blackwell", *options, str(source), "-o", str(binary))
+        options = ["-lineinfo", f"--fmad={str(contract).lower()}", f"--gpu-name={architecture}"]
+        told(get_ptxas(capability).path, *options, str(source), "-o", str(binary))
         return binary.read_bytes()
 
 
@@ -158,9 +159,9 @@ def nvidia_counts(ptx: str, binary: bytes, capability: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        used = counts.resources(told("cuobjdump", "--dump-resource-usage", str(path)))
-        sass = told("nvdisasm", "-c", str(path))
-    contracted = assembled(ptx, capability, contract=True)
+        used = counts.resources(told(TOOLS / "cuobjdump", "--dump-resource-usage", str(path)))
+        sass = told(TOOLS / "nvdisasm", "-c", str(path))
+    kept, contracted = (counts.machine_code(assembled(ptx, capability, contract)) for contract in (False, True))
     accesses = counts.ptx_accesses(ptx)
     return {
         "registers": used["REG"],
@@ -169,7 +170,7 @@ def nvidia_counts(ptx: str, binary: bytes, capability: int) -> dict[str, Any]:
         "in_the_binary": accesses.all() == counts.sass_accesses(sass),
         "fused": counts.ptx_fused(ptx),
         "contractible": counts.may_be_contracted(ptx).total(),
-        "contraction_changes": counts.machine_code(binary) != counts.machine_code(contracted),
+        "contraction_changes": kept != contracted,
         "flushing": counts.flushing(ptx),
     }
 
