@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_adam import compiled, local, reduction, settings
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition
-from lowmem_adam.stepping import Stepper
+from lowmem_adam.stepping import Stepper, capturing
 
 
 class InBackward(Protocol):
@@ -32,6 +32,7 @@ class GradientOptimizer(SavedOptimizer):
     _stepper: Stepper
     _capturable: bool
     _clip_coefficient: float | Tensor
+    _clipped_in_capture: bool
     # The first gradient of those that _clip_coefficient is of.
     _clipped: weakref.ref[Tensor] | None
     # DDP's buckets reduced since the last step; None without reduce_scatter_hook.
@@ -78,6 +79,7 @@ class GradientOptimizer(SavedOptimizer):
         self._clipped = next((weakref.ref(p.grad) for p in params if p.grad is not None), None)
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._clip_coefficient *= coefficient.double() if self._capturable else float(coefficient)
+        self._clipped_in_capture = capturing()
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -165,6 +167,12 @@ class GradientOptimizer(SavedOptimizer):
         optimizers that unscale by themselves.
         """
         self._drop_clipping_of_others()
+        if isinstance(self._clip_coefficient, Tensor) and self._clipped_in_capture != capturing():
+            self._use_up_gradients()
+            raise RuntimeError(
+                "clip_grad_norm_ was called outside of a CUDA graph capture and step() inside of it, or the other way "
+                "round; accepted: both in the capture, or both outside"
+            )
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is None:
             return self._clip_coefficient

@@ -148,8 +148,6 @@ class Adam8bit(GradientOptimizer):
         settings.check_group(defaults, type(self).__name__, capturable=capturable)
         self._reset(shard_group, bucket_cap_mb, offload, offload_gradients, capturable)
         super().__init__(params, settings.normalised(defaults))
-        # So a GradScaler leaves its scale and what it found to the step, and nothing waits for the device.
-        self._step_supports_amp_scaling = capturable
 
     # ---------------------------------------------------------------- param groups
 
@@ -362,6 +360,8 @@ class Adam8bit(GradientOptimizer):
         self._offload = offload
         self._offload_gradients = offload_gradients
         self._capturable = capturable
+        # So a GradScaler leaves its scale and what it found to the step, and nothing waits for the device.
+        self._step_supports_amp_scaling = capturable
         self._partition = None
         lanes = Offload(int(bucket_cap_mb * 2**20)) if offload == "cpu" else None
         gradients = HostGradients(lanes) if lanes is not None and offload_gradients else None

@@ -155,7 +155,7 @@ def check_group(group: Mapping[str, Any], where: str, *, capturable: bool = Fals
         TypeError: a setting that is another optimizer's.
     """
     lr = group["lr"]
-    if not (capturable and isinstance(lr, torch.Tensor) and not lr.is_cpu and lr.numel() == 1):
+    if not (capturable and isinstance(lr, torch.Tensor) and not lr.is_cpu and _is_real_scalar(lr)):
         _check_number(group, "lr", where, allow_tensor=True)
     if capturable and group["nonfinite"] == "error":
         raise ValueError(
@@ -215,13 +215,16 @@ def _is_number(value: object) -> bool:
 def _check_number(group: Mapping[str, Any], name: str, where: str, *, allow_tensor: bool = False) -> None:
     value = group[name]
     if allow_tensor and isinstance(value, torch.Tensor):
-        real = not value.is_complex() and value.dtype != torch.bool
-        good = real and value.numel() == 1 and 0 <= float(value.detach()) <= FLOAT32_MAX
+        good = _is_real_scalar(value) and 0 <= float(value.detach()) <= FLOAT32_MAX
     else:
         good = _is_number(value) and 0 <= value <= FLOAT32_MAX
     if not good:
         kinds = f"finite numbers from 0 to {FLOAT32_MAX:g}" + (", or a tensor of one element" if allow_tensor else "")
         raise ValueError(f"{where}: {name} is {value!r}; accepted: {kinds}")
+
+
+def _is_real_scalar(value: torch.Tensor) -> bool:
+    return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
 
 
 def _is_neutral(name: str, value: object) -> bool:

@@ -14,15 +14,21 @@ from torch import Tensor
 
 from lowmem_adam import inputs, kernels, making, settings, updating
 from lowmem_adam.host_gradients import HostGradients
+from lowmem_adam.kernels import triton
 from lowmem_adam.kernels.fragment import DeviceRates, DeviceSettings, StepScalars
 from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
-from lowmem_adam.local import check_dtensor, is_dtensor, local_gradient
+from lowmem_adam.local import check_dtensor, is_dtensor, local, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.shard import Partition, read
 from lowmem_adam.stand_ins import HostGradient, SteppedGradient, local_part, place_like
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
-from lowmem_adam.updating import Task
+from lowmem_adam.updating import OnDevice, Task
+
+_FIRST_IN_CAPTURE = (
+    "a first step, or the first after a load, in a CUDA graph capture, which would make state anew at every replay; "
+    "accepted: captures of a step that was taken a few times before"
+)
 
 States = MutableMapping[Tensor, dict[str, Tensor]]
 
@@ -37,6 +43,8 @@ class Stepper:
         """The way to the host; None where moments lie with their parameters."""
         self.gradients = gradients
         """Takes gradients there before they are stepped; None where they stay on their device."""
+        self.captured: list[object] = []
+        """What CUDA graphs of steps read."""
         self.owner = object()
         """Identifies whose gradients were stepped."""
         self.skipped: dict[torch.device, Tensor | int] = {}
@@ -89,10 +97,7 @@ class Stepper:
             params = enumerate(group["params"])
             tasks += self.check_some(group, group_index, params, states, partition, grad_factor, found_inf)
         if self.capturable and capturing() and any(task.prepared is None for task in tasks):
-            raise RuntimeError(
-                "the first step of parameters in a CUDA graph capture, which would make their state anew at every "
-                "replay; accepted: captures of a step that was taken a few times before"
-            )
+            raise RuntimeError(next(task.label for task in tasks if task.prepared is None) + f": {_FIRST_IN_CAPTURE}")
         return tasks
 
     def check_some(
@@ -108,7 +113,8 @@ class Stepper:
         """As ``check``, of some parameters of a group, each with its place there."""
         self._check_settings(group, group_index)
         tasks: list[Task] = []
-        records = _Records(group, grad_factor, found_inf, self.capturable)
+        rates = DeviceRates(group["lr"], grad_factor, found_inf) if self.capturable else None
+        records = _Records(group, grad_factor, rates, self.captured)
         backends: dict[tuple[torch.device, torch.dtype], str] = {}
         for index, param in params:
             grad = param.grad
@@ -128,6 +134,9 @@ class Stepper:
             if isinstance(grad, HostGradient):
                 grad = grad.values()
             backend = kernels.of_gradient(backends[place], group["backend"], param, grad, label)
+            if self.capturable:
+                for tensor, what in ((local(param), label), (grad, f"{label}: its gradient")):
+                    triton.check_walkable(tensor, what)
             if group["nonfinite"] == "error":
                 assert isinstance(grad_factor, float)
                 _check_finite(param, grad, grad_factor, partition, label)
@@ -173,7 +182,9 @@ class Stepper:
         """The state of a parameter that can be stepped with this gradient, and what is known of it."""
         # Not states[param], which would leave an empty entry behind.
         state: dict[str, Tensor] | None = states.get(param) or None
-        if self.capturable and state is not None and state["step"].is_cpu and not capturing():  # of a load
+        if self.capturable and state is not None and state["step"].is_cpu:  # of a load
+            if capturing():
+                raise RuntimeError(f"{label}: {_FIRST_IN_CAPTURE}")
             state["step"] = state["step"].to(param.device)
         prepared = self._prepared.get(param)
         known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
@@ -322,20 +333,25 @@ class _Records:
     """The hyperparameters of a param group's next steps, a record for each step number."""
 
     def __init__(
-        self, group: dict[str, Any], grad_factor: float | Tensor, found_inf: float | Tensor, capturable: bool
+        self,
+        group: dict[str, Any],
+        grad_factor: float | Tensor,
+        rates: DeviceRates | None = None,
+        captured: list[object] | None = None,
     ) -> None:
         self._group = group
         self._by_step: dict[int, StepScalars] = {}
-        self._on_device: tuple[DeviceSettings, DeviceRates] | None = None
-        if capturable:
-            self._on_device = (_device_settings(group), DeviceRates(group["lr"], grad_factor, found_inf))
+        self._on_device: OnDevice | None = None
+        if rates is not None and captured is not None:
+            if not isinstance(rates.lr, Tensor):
+                lr, decay = float(rates.lr), group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+                _check_range(group, max(lr / (1.0 - group["betas"][0]), abs(1.0 - lr * decay)), "a param group")
+            self._on_device = (_device_settings(group), rates, captured)
         else:
             assert isinstance(grad_factor, float)
             self._lr, self._grad_factor = float(group["lr"]), grad_factor
 
-    def next_of(
-        self, state: Mapping[str, Tensor] | None, label: str
-    ) -> StepScalars | tuple[DeviceSettings, DeviceRates]:
+    def next_of(self, state: Mapping[str, Tensor] | None, label: str) -> StepScalars | OnDevice:
         """Of a parameter's state; None before its first step."""
         if self._on_device is not None:
             return self._on_device
@@ -347,7 +363,7 @@ class _Records:
 
 def _device_settings(group: Mapping[str, Any]) -> DeviceSettings:
     return DeviceSettings(
-        betas=group["betas"],
+        betas=(float(group["betas"][0]), float(group["betas"][1])),  # a list may be changed in place
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         decoupled=group["decoupled_weight_decay"],
@@ -377,9 +393,18 @@ def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, la
         seed=group["seed"],
         grad_scale=grad_factor,
     )
-    if max(scalars.step_size, abs(scalars.shrink)) > settings.FLOAT32_MAX:
-        raise ValueError(
-            f"{label}: lr is {lr!r} with weight_decay {group['weight_decay']!r}, a step of {scalars.step_size:g}; "
-            f"accepted: steps and factors up to {settings.FLOAT32_MAX:g}"
-        )
+    _check_range(group, max(scalars.step_size, abs(scalars.shrink)), label)
     return scalars
+
+
+def _check_range(group: Mapping[str, Any], largest: float, label: str) -> None:
+    """Check that the size of a step and the factor of decay are float32 numbers.
+
+    Raises:
+        ValueError: the larger of them is not.
+    """
+    if largest > settings.FLOAT32_MAX:
+        raise ValueError(
+            f"{label}: lr is {float(group['lr'])!r} with weight_decay {group['weight_decay']!r}, a step or factor of "
+            f"{largest:g}; accepted: steps and factors up to {settings.FLOAT32_MAX:g}"
+        )

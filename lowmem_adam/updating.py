@@ -20,6 +20,9 @@ from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks, on_dev
 from lowmem_adam.prepared import Prepared
 from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
 
+OnDevice = tuple[DeviceSettings, DeviceRates, list[object]]
+"""A ``DeviceStep`` but for the counter."""
+
 
 class Task(NamedTuple):
     """A parameter that this step changes, with everything about it checked; of a DTensor's gradient what lies here.
@@ -32,7 +35,7 @@ class Task(NamedTuple):
     moments: str
     master: torch.dtype | None
     backend: str
-    scalars: StepScalars | tuple[DeviceSettings, DeviceRates]
+    scalars: StepScalars | OnDevice
     """Of the step to be taken; where the device counts steps, what is known of it here."""
     label: str
     state: Mapping[str, Tensor] | None
@@ -77,9 +80,9 @@ def count(tasks: Iterable[Task]) -> None:
         assert task.state is not None
         if isinstance(task.scalars, StepScalars):
             task.state["step"].fill_(task.scalars.step)
-        elif task.param.numel() == 0:  # others were counted on their device by what stepped them
-            found_inf = task.scalars[1].found_inf
-            task.state["step"] += found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else 1
+        elif local(task.param).numel() == 0:  # others were counted on their device by what stepped them
+            counter, found_inf = local(task.state["step"]), task.scalars[1].found_inf
+            counter += found_inf.to(counter.device).reshape(()) == 0 if isinstance(found_inf, Tensor) else 1
 
 
 class Flow:

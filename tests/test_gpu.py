@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,33 @@ def test_quotients() -> None:
         y = some_floats((-60, -20) if part % 4 < 2 else (-20, 21), count, part, 2).abs()
         x[::1000] *= 0.0
         exact_kernels.quotients_kernel[(count // 4096,)](x, y, differ, INTEGERS=False, BLOCK=4096)
+    assert int(differ) == 0
+
+
+def test_quotients_that_lie_nearest_to_the_middle_of_two_floats() -> None:
+    """Where the last bit of an estimate shows: x * 2^25 = (2 k + 1) y + r, of 24-bit integers, with a small r.
+
+    All odd y; x is r over 2^25 modulo y, by 25 halvings. And the inverses of all mantissas.
+    """
+    from tests import exact_kernels
+
+    differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    y = torch.arange((1 << 23) + 1, 1 << 24, 2, device=DEVICE, dtype=torch.int64)
+    for rest in (1, -1, 3, -3, 5, -5):
+        x = torch.full_like(y, rest) % y
+        for _ in range(25):
+            x = torch.where(x % 2 == 0, x, x + y) // 2
+        assert bool(((x * (1 << 25) - rest) % y == 0).all())
+        normal = x.float() * 2.0 ** (24 - torch.frexp(x.float())[1]).float()
+        for numerators in (normal * 2.0**-24, normal * 2.0**-70):
+            exact_kernels.quotients_kernel[(len(y) // 4096,)](
+                numerators, y.float() * 2.0**-30, differ, INTEGERS=False, BLOCK=4096
+            )
+    mantissas = torch.arange(1 << 23, 1 << 24, device=DEVICE, dtype=torch.int64).float() * 2.0**-23
+    for numerator in (1.0, float.fromhex("0x1.fffffep0"), float.fromhex("0x1.aaaaa6p0")):
+        exact_kernels.quotients_kernel[(len(mantissas) // 4096,)](
+            torch.full_like(mantissas, numerator), mantissas, differ, INTEGERS=False, BLOCK=4096
+        )
     assert int(differ) == 0
 
 
@@ -155,6 +183,101 @@ def test_scale_clipping_and_skips_in_a_graph() -> None:
         made.append((seen, int(opt._stepper.skipped[params[0].device])))
     assert_same_bits(made[0][0], made[1][0])
     assert made[0][1] == made[1][1]
+
+
+def test_steps_outside_of_a_graph_between_its_replays() -> None:
+    """Neither takes over from the other: learning rates, settings, which parameters have gradients, tables."""
+    made = []
+    for capturable in (False, True):
+        params = there(make_params(FEW))
+        opt = AdamW8bit(params, lr=0.01, capturable=capturable)
+        grads = with_gradients(params)
+        opt.step()
+        graph = captured(opt.step) if capturable else None
+        seen = []
+
+        def replay(opt: Any = opt, graph: Any = graph) -> None:
+            opt.step() if graph is None else graph.replay()
+
+        def step(opt: Any = opt, **changes: Any) -> None:
+            before = {name: opt.param_groups[0][name] for name in changes}
+            opt.param_groups[0].update(changes)
+            opt.step()
+            opt.param_groups[0].update(before)
+
+        for number in range(8):
+            fill(grads, number)
+            if number in (1, 4):
+                step(lr=0.5)
+            elif number == 3:
+                params[0].grad = None
+                step(weight_decay=0.3)
+                params[0].grad = grads[0]
+                junk = [torch.full((1 << 16,), -1, device=DEVICE) for _ in range(20)]  # in memory that was given up
+                del junk
+            elif number == 5:
+                opt.found_inf = torch.ones(1, device=DEVICE)
+                opt.step()
+                del opt.found_inf
+            elif number == 6:
+                step()
+            else:
+                replay()
+            seen.append(results(opt))
+        made.append(seen)
+    assert_same_bits(made[0], made[1])
+
+
+def test_two_graphs_of_one_optimizer_and_captures_after_loads_and_copies() -> None:
+    made = []
+    for capturable in (False, True):
+        params = there(make_params(FEW))
+        opt = AdamW8bit(params, lr=0.01, capturable=capturable)
+        grads = with_gradients(params)
+        opt.step()
+        params[1].grad = None
+        opt.step()
+        few = captured(opt.step) if capturable else None
+        params[1].grad = grads[1]
+        whole = captured(opt.step) if capturable else None
+        seen = []
+        for number in range(6):
+            fill(grads, number)
+            params[1].grad = None if number % 2 else grads[1]
+            graph = few if number % 2 else whole
+            opt.step() if graph is None else graph.replay()
+            seen.append(results(opt))
+        params[1].grad = grads[1]
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        if capturable:
+            with pytest.raises(RuntimeError, match="the first after a load"):
+                captured(opt.step)
+            torch.cuda.synchronize()
+        opt.step()
+        again = captured(opt.step) if capturable else None
+        opt.step() if again is None else again.replay()
+        seen.append(results(opt))
+        other = copy.deepcopy(opt)
+        assert other._step_supports_amp_scaling is capturable
+        others = [param for group in other.param_groups for param in group["params"]]
+        with_gradients(others)
+        other.step()
+        again = captured(other.step) if capturable else None
+        other.step() if again is None else again.replay()
+        made.append([*seen, results(other), results(opt)])
+    assert_same_bits(made[0], made[1])
+
+
+def test_a_clipping_outside_of_the_capture_of_its_step_is_refused() -> None:
+    params = there(make_params(FEW))
+    opt = AdamW8bit(params, lr=0.01, capturable=True)
+    with_gradients(params)
+    opt.step()
+    opt.clip_grad_norm_(0.01)
+    with pytest.raises(RuntimeError, match="both in the capture, or both outside"):
+        captured(opt.step)
+    torch.cuda.synchronize()
+    opt.step()
 
 
 def test_a_training_step_in_a_graph() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowmem_adam import Adam8bit, AdamW8bit
-from tests.cases import CLASSES, DTYPES, SHAPES, Shape, assert_same_bits, copied, gradient, make_params
+from tests.cases import CLASSES, DTYPES, SHAPES, Shape, assert_same_bits, copied, generator, gradient, make_params
 from tests.kernel_cases import UPDATES
 from tests.triton_cases import DEVICE, INTERPRETED, few, placed
 
@@ -173,6 +175,69 @@ def test_state_moves_between_counting_on_the_host_and_on_the_device() -> None:
         assert set(counted) == {DEVICE.type if target is opts[1] else "cpu"}
     assert {int(state["step"]) for state in opts[0].state.values()} == {3}
     assert opts[1].stats() == {"skipped_blocks": 0}
+
+
+def test_what_is_seen_of_gradients_and_settings_that_change_in_place() -> None:
+    """A gradient that becomes a negative view of the same strides; betas that are a list."""
+    made = []
+    for keywords in ({"backend": "reference"}, {"backend": "triton"}, {"backend": "triton", "capturable": True}):
+        params = there(make_params(FEW[:1]))
+        opt = AdamW8bit(params, lr=0.01, **keywords)
+        opt.param_groups[0]["betas"] = [0.9, 0.999]
+        seen = []
+        for step in range(4):
+            parts = torch.randn(*params[0].shape, 2, generator=generator(step)).to(DEVICE)
+            spread = torch.view_as_complex(parts)
+            params[0].grad = (spread.conj() if step % 2 else spread).imag
+            assert params[0].grad.is_neg() == bool(step % 2)
+            if step == 3:
+                opt.param_groups[0]["betas"][0] = 0.1
+            if not (step % 2 and "capturable" in keywords):
+                opt.step()
+            else:
+                with pytest.raises(ValueError, match="the sign bit of a view"):
+                    opt.step()
+                params[0].grad = params[0].grad.resolve_neg()
+                opt.step()
+            seen.append(results(opt)["params"])
+        made.append(seen)
+    assert_same_bits(made[0], made[1])
+    assert_same_bits(made[0], made[2])
+
+
+def test_a_refused_step_leaves_everything_as_it_was() -> None:
+    params = there(make_params(FEW))
+    opt = AdamW8bit(params, lr=0.01, capturable=True, backend="triton")
+    set_gradients(params, 0)
+    opt.step()
+    order = (5, 4, 3, 2, 1, 0)
+    extra = Parameter(torch.ones(2, 3, 2, 3, 2, 3, device=DEVICE).permute(order).contiguous().permute(order))
+    opt.add_param_group({"params": [extra]})
+    set_gradients([*params, extra], 1)
+    before = results(opt)
+    with pytest.raises(ValueError, match=r"param group 1, parameter 0 has strides .* 6 dimensions"):
+        opt.step()
+    assert_same_bits(before, results(opt))
+    extra.grad = None
+    opt.param_groups[0]["lr"] = 3e38
+    with pytest.raises(ValueError, match="a step or factor of"):
+        opt.step()
+    assert_same_bits(before, results(opt))
+
+
+def test_moments_that_a_load_replaces_are_given_up_at_once() -> None:
+    params = there(make_params(FEW))
+    opt = AdamW8bit(params, lr=0.01, backend="triton")
+    set_gradients(params, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    held = weakref.ref(opt.state[params[0]]["exp_avg_code"])
+    gc.disable()
+    try:
+        opt.load_state_dict(saved)
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_count_for_themselves() -> None:

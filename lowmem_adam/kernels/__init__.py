@@ -63,7 +63,7 @@ def choose(
         return backend
     if device.type == "cuda" and flat:
         return "bitsandbytes" if bitsandbytes.can_step(group, dtype) else "reference"
-    if device.type == "cuda" and _triton_or_warning():
+    if device.type == "cuda" and _triton_or_warning(device):
         return "triton"
     return "cpu" if device.type == "cpu" and _native_or_warning() else "reference"
 
@@ -85,13 +85,13 @@ def of_gradient(chosen: str, backend: str | None, param: Tensor, grad: Tensor, l
 
 
 @functools.cache
-def _triton_or_warning() -> bool:
-    """Whether Triton is installed; where it is not, one warning says what that costs."""
-    if triton.available(torch.device("cuda")):
+def _triton_or_warning(device: torch.device) -> bool:
+    """Whether Triton can step there; where it cannot, one warning says why and what that costs."""
+    reason = triton.why_not(device)
+    if reason is None:
         return True
     warnings.warn(
-        "Triton is not installed; steps on CUDA devices take the reference backend, which is many times slower and "
-        "needs more memory. It comes with torch for CUDA and ROCm on Linux; on Windows it is triton-windows.",
+        f"{reason}; steps on {device} take the reference backend, which is many times slower and needs more memory",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -194,6 +194,8 @@ class DeviceStep(NamedTuple):
     settings: DeviceSettings
     rates: DeviceRates
     """The same object for all of a param group."""
+    captured: list[object]
+    """Takes what CUDA graphs read, and keeps it as long as the optimizer lives."""
 
 
 Work = tuple[Fragment, StepScalars]

@@ -43,14 +43,20 @@ from lowmem_adam.layout import BLOCK_SIZE
 _ALIGNMENT = 16
 """Bytes of one load."""
 
+LEAST_CAPABILITY = (7, 0)
+"""Of NVIDIA's devices, those that Triton compiles for."""
+
 _RECORD_BYTES = 64
 
 MOST_REGISTERS = 168
 """Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for three programs of four warps."""
 
+_MOST_PLANS = 4
+"""Descriptions that are kept, of steps in which other parameters have gradients."""
+
 
 class TritonError(RuntimeError):
-    """There is no Triton."""
+    """There is no Triton for a device."""
 
 
 def interpreted() -> bool:
@@ -58,22 +64,33 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def available(device: torch.device) -> bool:
-    """Whether kernels can run on a device."""
-    return device.type == ("cpu" if interpreted() else "cuda") and importlib.util.find_spec("triton") is not None
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on CUDA devices like this one; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return (
+            "Triton is not installed; it comes with torch for CUDA and ROCm on Linux, on Windows it is triton-windows"
+        )
+    if device.type == "cuda" and interpreted():
+        return "TRITON_INTERPRET=1 has kernels run on the CPU"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            return f"Triton serves compute capabilities from {LEAST_CAPABILITY}, and this device has {capability}"
+    return None
 
 
 def check_available(device: torch.device) -> None:
     """Check that kernels can run on a device.
 
     Raises:
-        TritonError: Triton is not installed.
+        TritonError: Triton is not installed, or does not serve this device.
         ValueError: parameters on another kind of device.
     """
     if device.type != ("cpu" if interpreted() else "cuda"):
-        raise ValueError(f'backend is "triton" for a parameter on {device}; accepted: parameters on CUDA devices')
-    if not available(device):
-        raise TritonError('backend is "triton", and Triton is not installed; it comes with torch for CUDA and ROCm')
+        accepted = "the CPU, with TRITON_INTERPRET=1" if interpreted() else "CUDA devices"
+        raise ValueError(f'backend is "triton" for a parameter on {device}; accepted: parameters on {accepted}')
+    if reason := why_not(device):
+        raise TritonError(f'backend is "triton", and {reason}')
 
 
 @functools.cache
@@ -94,6 +111,21 @@ def _weight_code() -> Any:
 # ---------------------------------------------------------------- the step
 
 
+def check_walkable(tensor: Tensor, label: str) -> None:
+    """Check that kernels can step a parameter, or read a gradient, where it lies, as ``capturable`` needs it.
+
+    Raises:
+        ValueError: a negative view, or too many dimensions that do not run on in memory.
+    """
+    dims = 0 if tensor.is_contiguous() else len(cpu.merged_dimensions(tensor))
+    if tensor.is_neg() or dims > _step_code().MAX_DIMS:
+        raise ValueError(
+            f"{label} has strides {tensor.stride()}, {dims} dimensions that do not run on in memory"
+            f"{' and the sign bit of a view' if tensor.is_neg() else ''}, and capturable is True; accepted with it: "
+            f"up to {_step_code().MAX_DIMS} such dimensions and no negative views"
+        )
+
+
 def adam_step_(work: Sequence[AnyWork]) -> Tensor:
     """One Adam step on many fragments, in place, as ``reference.adam_step_`` to the last bit.
 
@@ -110,6 +142,8 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
     if not work:
         return torch.zeros((), dtype=torch.int64)
     device = work[0][0].param.device
+    if any(fragment.grad.is_neg() for fragment, _ in work):  # memory of another sign than the values
+        work = [(fragment._replace(grad=fragment.grad.resolve_neg()), scalars) for fragment, scalars in work]
     with _on(device):
         plan = _plan_of(work, device)
         skipped, gradients, records = plan.tables(work)
@@ -155,17 +189,23 @@ def _capturing(device: torch.device) -> bool:
 def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
     """From the first fragment's cache, if it has one and what it keeps is of these fragments."""
     cache = work[0][0].cache
-    plan: Plan | None = None if cache is None else cache.get("triton")
-    if plan is not None and plan.fits(work):
-        return plan
+    plans: list[Plan] = [] if cache is None else cache.setdefault("triton", [])
+    plan = next((plan for plan in plans if plan.fits(work)), None)
     if _capturing(device):
-        raise RuntimeError(
-            "the first step of these parameters, gradients and settings, in a CUDA graph capture; accepted: captures "
-            "of a step that was taken a few times before, with gradients of the same dtypes and strides"
-        )
-    plan = Plan(work, device)
-    if cache is not None:
-        cache["triton"] = plan
+        if plan is None:
+            raise RuntimeError(
+                "a step in a CUDA graph capture that is not like any taken before it; accepted: captures of a step "
+                "that was taken before with the same parameters, settings and kinds of gradients: dtypes, strides, "
+                "and whether they begin at a multiple of 16 bytes"
+            )
+        cast("DeviceStep", work[0][1]).captured.append(plan)  # its tables are read at every replay
+    elif plan is None:
+        plan = Plan(work, device)
+        del plans[_MOST_PLANS - 1 :]
+        plans.insert(0, plan)
+    elif plan is not plans[0]:
+        plans.remove(plan)
+        plans.insert(0, plan)
     return plan
 
 
@@ -223,6 +263,15 @@ def _seen(grad: Tensor, scalars: StepScalars | DeviceStep) -> _Seen:
     return _Seen(*layout, *flags, settings, scalars.step.data_ptr())
 
 
+def _key_of(fragment: Fragment) -> object | None:
+    """What is the same only where the fragment's cache is."""
+    return None if fragment.cache is None else fragment.cache.setdefault("key", _Key())
+
+
+class _Key:
+    """Nothing but itself."""
+
+
 class Plan:
     """Tables for some fragments on a device.
 
@@ -232,7 +281,8 @@ class Plan:
     """
 
     def __init__(self, work: Sequence[AnyWork], device: torch.device) -> None:
-        self._caches = [fragment.cache for fragment, _ in work]
+        # Not the caches themselves, which hold this plan and views of parameters and state.
+        self._keys = [_key_of(fragment) for fragment, _ in work]
         self._seen = [_seen(fragment.grad, scalars) for fragment, scalars in work]
         self._device = device
         self.left_over: list[int] = []
@@ -249,18 +299,14 @@ class Plan:
         self.launches = self._numbered(rows)
         """Kinds, and for every program of each the row that it steps, int32."""
         words = [word for row in rows for word in row.words]
-        self.fragments = torch.tensor(words, dtype=torch.int64, device=device)
+        self.fragments = _placed(torch.tensor(words, dtype=torch.int64), device)
         """int64, flat, ``FRAGMENT_WORDS`` a row."""
         self._recipes = _Recipes(cast("Sequence[DeviceWork]", work), device) if self._counts() else None
 
     def _counts(self) -> bool:
         counting = [seen.counter != 0 for seen in self._seen]
         assert all(counting) or not any(counting)
-        if counting[0] and self.left_over:
-            raise ValueError(
-                "capturable is True for parameters or gradients that are negative views or have more than "
-                f"{_step_code().MAX_DIMS} dimensions that do not run on in memory; accepted with it: others"
-            )
+        assert not (counting[0] and self.left_over), "check_walkable was not asked"
         return counting[0]
 
     def _numbered(self, rows: Sequence[_Row]) -> list[tuple[Kind, Tensor]]:
@@ -269,21 +315,23 @@ class Plan:
         for kind in dict.fromkeys(row.kind for row in rows):
             own = [(index, row.words) for index, row in enumerate(rows) if row.kind == kind]
             repeats: list[int] = []
+            total = 0
             for _, words in own:
-                words[code.FIRST_PROGRAM] = sum(repeats)
+                words[code.FIRST_PROGRAM] = total
                 repeats.append(-(-words[code.COUNT] // kind.blocks))
+                total += repeats[-1]
             programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(
                 torch.tensor(repeats)
             )
-            launches.append((kind, programs.to(self._device)))
+            launches.append((kind, _placed(programs, self._device)))
         return launches
 
     def fits(self, work: Sequence[AnyWork]) -> bool:
         """Whether it describes these fragments."""
         if len(work) != len(self._seen) or (self._recipes is not None and not self._recipes.fit(work)):
             return False
-        for (fragment, scalars), cache, seen in zip(work, self._caches, self._seen, strict=True):
-            if cache is None or fragment.cache is not cache or _seen(fragment.grad, scalars) != seen:
+        for (fragment, scalars), key, seen in zip(work, self._keys, self._seen, strict=True):
+            if key is None or _key_of(fragment) is not key or _seen(fragment.grad, scalars) != seen:
                 return False
         return True
 
@@ -316,12 +364,15 @@ def _sent(gradients: Sequence[tuple[int, int]], records: bytes, device: torch.de
     """A counter, the table of gradients and records, in one copy to the device."""
     rows = array("q", (number for row in gradients for number in row)).tobytes()
     content = bytearray(_ALIGNMENT) + records + rows
-    held = torch.frombuffer(content, dtype=torch.uint8)
-    if device.type == "cuda":
-        # Pinned memory is not given to others before the copy has been made.
-        held = held.pin_memory().to(device, non_blocking=True)
+    held = _placed(torch.frombuffer(content, dtype=torch.uint8), device)
     first, middle = _ALIGNMENT, _ALIGNMENT + len(records)
     return held[:8].view(torch.int64)[0], held[middle:].view(torch.int64), held[first:middle].view(torch.float32)
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for it."""
+    # Pinned memory is not given to others before the copy has been made.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _written(gradients: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -349,18 +400,17 @@ class _Recipes:
         places: list[int] = []
         self._groups: list[int] = []
         """Of every fragment: its row of rates."""
-        for _, (step, settings, rates) in work:
+        for _, (step, settings, rates, _) in work:
             row = row_of.setdefault(id(rates), len(row_of))
             decoupled = settings.weight_decay if settings.decoupled else 0.0
             sign = -1.0 if settings.maximize else 1.0
             recipes += [*settings.betas, settings.eps, settings.l2_decay, decoupled, sign]
             places += [step.data_ptr(), row, mix32(settings.seed)]
             self._groups.append(row)
-        self._recipes = torch.tensor(recipes, dtype=torch.float64, device=device)
-        self._places = torch.tensor(places, dtype=torch.int64, device=device)
+        self._recipes = _placed(torch.tensor(recipes, dtype=torch.float64), device)
+        self._places = _placed(torch.tensor(places, dtype=torch.int64), device)
         self._rates = torch.zeros(len(row_of), len(DeviceRates._fields), dtype=torch.float64, device=device)
         self._written: dict[tuple[int, int], float] = {}
-        self._records = torch.zeros(len(work) * _RECORD_BYTES // 4, device=device)
 
     def fit(self, work: Sequence[AnyWork]) -> bool:
         """Whether fragments belong together in the same groups."""
@@ -372,27 +422,28 @@ class _Recipes:
 
     def followed(self, rates: Sequence[DeviceRates]) -> Tensor:
         """Count a step, and make its records."""
-        capturing = _capturing(self._rates.device)
+        table, written = self._rates, self._written
+        if _capturing(table.device):  # a graph has its own, which a replay writes anew
+            table, written = torch.empty_like(table), {}
         for row, values in dict(zip(self._groups, rates, strict=True)).items():
             for col, value in enumerate(values):
-                place = self._rates[row, col]
                 if isinstance(value, Tensor):
-                    self._written.pop((row, col), None)
-                    place.copy_(value.detach().reshape(()), non_blocking=True)
-                elif capturing or self._written.get((row, col)) != value:
-                    # A graph brings its own with it: a step outside may have left another there.
-                    self._written[row, col] = value
-                    place.fill_(value)
+                    written.pop((row, col), None)
+                    table[row, col].copy_(value.detach().reshape(()), non_blocking=value.is_cuda)
+                elif written.get((row, col)) != value:
+                    written[row, col] = value
+                    table[row, col].fill_(value)
+        records = torch.zeros(len(self._groups) * _RECORD_BYTES // 4, device=table.device)
         _record_code().record_kernel[(len(self._groups),)](
             self._recipes,
             self._places,
-            self._rates,
-            self._records,
-            self._records.view(torch.int32),
+            table,
+            records,
+            records.view(torch.int32),
             num_warps=1,
             enable_fp_fusion=False,
         )
-        return self._records
+        return records
 
 
 # ---------------------------------------------------------------- fragments as rows
@@ -415,7 +466,7 @@ def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device
     code = _step_code()
     in_one_run = param.is_contiguous() and seen.strides is None
     dims = [0] * (4 * code.MAX_DIMS)
-    if param.is_neg() or grad.is_neg():
+    if param.is_neg() or layout.block_size != BLOCK_SIZE:
         return None
     if not in_one_run:
         both = [cpu.merged_dimensions(tensor) for tensor in (param, grad)]

@@ -1,13 +1,15 @@
 """Division and square root, correctly rounded and without branches, for numbers that are known to be of usual size.
 
 Triton's ``div_rn`` and ``sqrt_rn`` become a short sequence and a branch to a long one for unusual numbers: a branch an
-element, which keeps the compiler from mixing the work of several. These are the short sequences: from the processor's
-estimate, whose error does not matter as long as it is an ulp or two, Newton steps with fused multiply-adds, the last of
-which rounds once what is exact but for far less than half an ulp. A program asks once whether all of its numbers are
-usual (``are_usual``), and takes the long way otherwise.
+element, which keeps the compiler from mixing the work of several. These are the short sequences, those that NVIDIA's
+compiler has for ``div.rn`` and ``sqrt.rn``: from the processor's estimate Newton steps with fused multiply-adds, which
+must keep subnormal remainders. A program asks once whether all of its numbers are usual (``are_usual``), and takes the
+long way otherwise.
 
-Only for NVIDIA (``FAST``): elsewhere, and in the interpreter, they are Triton's. Source of the sequences: P. Markstein
-1990 (IBM J. Res. Dev. 34, pp. 111-119); tests compare the roots of all floats, and random quotients, with Triton's.
+That the last step rounds correctly depends on the estimate: with one that is off by an ulp more, a handful of all
+mantissas would not. So tests compare, on the device at hand, the roots of all floats, the inverses of all mantissas and
+the quotients that lie nearest to the middle of two floats with Triton's. Only for NVIDIA (``FAST``): elsewhere, and in
+the interpreter, they are Triton's. Source: P. Markstein 1990 (IBM J. Res. Dev. 34, pp. 111-119).
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def are_usual(exp_avg, largest_v, smallest_v, eps, step_size):
     Args:
         exp_avg: new first moments.
         largest_v: bits of the largest new second moment of each block.
-        smallest_v: of the smallest that is not zero, 2^31 where all are.
+        smallest_v: of the smallest that is not zero, 2^31 - 1 where all are.
         eps: scalar, as is the next.
         step_size: what first moments are multiplied by.
     """
