@@ -6,6 +6,9 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh test train bench
+# Kernels for GPUs are interpreted and compiled by Triton, which needs none.
+python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' ||
+    python -m pip --disable-pip-version-check install --quiet --requirement launch/triton.txt
 
 stage() {
     printf '\n== %s\n' "$*"
@@ -25,7 +28,7 @@ stage "${tests[@]}" "$@"
 # reference itself, nor the parity of trainings and of free runs, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
 for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
-    bench_sharding bench_offload bench_gpu shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
+    bench_sharding bench_offload bench_gpu gpu_code shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
     offload out_of_memory in_backward in_backward_ranks \
     in_backward_refusals reference rounding codec layout peer_formats peer_free_running parity_short; do
     again+=(--ignore "tests/test_$name.py")

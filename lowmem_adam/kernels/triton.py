@@ -23,10 +23,13 @@ from torch import Tensor
 
 from lowmem_adam.kernels import cpu, reference
 from lowmem_adam.kernels.fragment import AnyWork, Batch, DeviceStep, Work
-from lowmem_adam.kernels.tables import Plan, capturing, step_code
+from lowmem_adam.kernels.tables import Kind, Plan, capturing, step_code
 
 LEAST_CAPABILITY = (7, 0)
 """Of NVIDIA's devices, those that Triton compiles for."""
+
+MOST_REGISTERS = 168
+"""Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for three programs of four warps."""
 
 _MOST_PLANS = 4
 """Descriptions that are kept, of steps in which other parameters have gradients."""
@@ -123,6 +126,7 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
                 kind.coded and _is_nvidia(device),
                 num_warps=step_code().NUM_WARPS,
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference does twice
+                **_register_options(kind, device),
             )
         for place in plan.left_over:
             skipped += reference.adam_step_(*cast("Work", work[place]))
@@ -136,6 +140,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
+
+
+def _register_options(kind: Kind, device: torch.device) -> dict[str, int]:
+    """Unasked, NVIDIA's assembler spills some kernels with fp32 moments to get down to 128 registers."""
+    told = _is_nvidia(device) and not kind.coded and kind.layout == step_code().WHOLE.value
+    return {"maxnreg": MOST_REGISTERS} if told else {}
 
 
 def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
