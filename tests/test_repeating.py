@@ -182,8 +182,13 @@ def _swap_names(opt: Any) -> None:
 
 
 def _rename(opt: Any) -> None:
+    """The same tensors in the same order, and names in another."""
     state = opt.state[params_of(opt)[2]]
-    state.update(exp_avg=state["exp_avg_sq"], exp_avg_sq=state["exp_avg"].abs_())
+    held = dict(state)
+    held["exp_avg"].abs_()
+    state.clear()
+    for key, value in held.items():
+        state[{"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}.get(key, key)] = value
 
 
 def _load(opt: Any) -> None:
@@ -319,6 +324,19 @@ def test_a_parameter_that_had_no_gradient_is_stepped_with_its_first_one(repeated
     opt.step()
     assert not repeated[-1]
     assert int(opt.state[params[0]]["step"]) == 1
+
+
+def test_gradients_with_a_sign_bit_are_stepped_by_the_phases(repeated: list[bool]) -> None:
+    made = []
+    for change in (Tensor.clone, lambda grad: torch._neg_view(-grad)):
+        opt = optimizer()
+        for step in range(6):
+            set_gradients(params_of(opt), step)
+            of_gradients(change)(opt)
+            opt.step()
+        made.append(everything(opt))
+    assert repeated == [False, *[True] * 4, *[False] * 5]
+    assert_same_bits(made[0], made[1])
 
 
 def test_parameters_in_turn_are_stepped_by_the_phases(repeated: list[bool]) -> None:
