@@ -99,7 +99,7 @@ def work_of(kernel: Kernel) -> AnyWork:
         return fragment_of(kernel), StepScalars.at_step(1, lr=1e-3, **settings)
     settings |= {"stochastic": kernel.rounding == "stochastic", "skip_nonfinite": kernel.nonfinite == "skip"}
     counter = torch.zeros((), dtype=torch.int64)
-    return fragment_of(kernel), DeviceStep(counter, DeviceSettings(**settings), DeviceRates(1e-3, 1.0, 0.0))
+    return fragment_of(kernel), DeviceStep(counter, DeviceSettings(**settings), DeviceRates(1e-3, 1.0, 0.0), [])
 
 
 def launch_of(kernel: Kernel, nvidia: bool) -> Launch:
