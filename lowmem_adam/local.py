@@ -35,6 +35,11 @@ class Place:
     shape: tuple[int, ...]
 
 
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor or parameter of no other class."""
+    return type(tensor) in _PLAIN
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor, told without importing them: that takes a second."""
     if type(tensor) in _PLAIN:

@@ -43,6 +43,8 @@ class Adam8bit(GradientOptimizer):
        decode, Adam in fp32, encode; blocks with a non-finite gradient stay. Beside the next buckets' steps all ranks
        send one another what they stepped. With ``offload`` buckets pass through buffers of the host.
 
+    A step of one process that is the last one over again, but for values and where gradients lie, is taken at once.
+
     Moments of tensors with two and more dimensions and at least 4,096 elements, and of one-dimensional ones with at
     least 65,536, are held in 8 bits (``lowmem_adam.codec`` has the format); all others in fp32.
 
@@ -226,8 +228,11 @@ class Adam8bit(GradientOptimizer):
             return loss
         self._watch_gradients()
         partition = self._cut()
-        tasks, made = self._checked(partition)
-        self._stepper.update(self._stepper.begin(tasks, made, self.state, partition), partition)
+        if not (self._agreed and self._stepper.repeat(self.param_groups, self.state, partition, self._grad_factor)):
+            tasks, made = self._checked(partition)
+            tasks = self._stepper.begin(tasks, made, self.state, partition)
+            self._stepper.update(tasks, partition)
+            self._stepper.remember(self.param_groups, self.state, tasks, partition)
         self._consolidated = None
         self._use_up_gradients()
         self._warn_of_skipped()

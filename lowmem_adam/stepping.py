@@ -6,7 +6,7 @@ Works on an optimizer's param groups and state; keeps what it found out about th
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.local import check_dtensor, is_dtensor, local, local_gradient
 from lowmem_adam.offload import Offload
 from lowmem_adam.prepared import Prepared, is_plain_gradient
+from lowmem_adam.repeating import Repeat
 from lowmem_adam.shard import Partition, read
 from lowmem_adam.stand_ins import HostGradient, SteppedGradient, local_part, place_like
 from lowmem_adam.state import MASTER_KEYS, check_state, home_of, master_dtype, master_of
@@ -34,7 +35,7 @@ States = MutableMapping[Tensor, dict[str, Tensor]]
 
 
 class Stepper:
-    """The phases in their order: ``check``, ``made`` and ``begin``, ``update``."""
+    """The phases in their order: ``check``, ``made`` and ``begin``, ``update``; or ``repeat``, for all of them."""
 
     def __init__(self, offload: Offload | None, gradients: HostGradients | None, capturable: bool = False) -> None:
         self.capturable = capturable
@@ -51,11 +52,19 @@ class Stepper:
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
         self._prepared: dict[Tensor, Prepared] = {}
         self._checked: dict[int, tuple[object, ...]] = {}
+        self._repeat: Repeat | None = None
+        self._stepped: list[int] = []
+        """The parameters of the last step, by identity."""
+        self._alike = 0
+        """Steps in a row that went through the phases and were of the same parameters as the one before."""
+        self._in_vain = 0
+        """Steps in a row that were prepared to be repeated and were not."""
 
     def forget(self) -> None:
         """Drop what can be found out again, so that tensors that were replaced do not stay in memory."""
         self._prepared.clear()
         self._checked.clear()
+        self._drop_repeat()
 
     def home_of(self, param: Tensor) -> torch.device:
         """Where a parameter's state lies and is stepped."""
@@ -64,6 +73,71 @@ class Stepper:
     def counted_on(self, param: Tensor) -> torch.device:
         """Where a parameter's steps are counted."""
         return param.device if self.capturable else torch.device("cpu")
+
+    # ---------------------------------------------------------------- all phases at once
+
+    # As of update, below.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def repeat(
+        self,
+        groups: Sequence[dict[str, Any]],
+        states: States,
+        partition: Partition,
+        grad_factor: Callable[[], float | Tensor],
+    ) -> bool:
+        """Take a step that is the last one over again, as ``Repeat`` says; others are left to the phases.
+
+        Args:
+            groups: param groups.
+            states: the state of every parameter that has taken a step.
+            partition: has cut all of these parameters.
+            grad_factor: tells what gradients are multiplied by.
+
+        Returns:
+            Whether the step is taken. If it is not, nothing has changed.
+
+        Raises:
+            ValueError: a setting is not accepted; nothing has changed.
+            RuntimeError: inside of a CUDA graph capture.
+        """
+        repeat = self._repeat
+        if repeat is None:
+            return False
+        refuse_capture()
+        if not repeat.fits(groups, states, partition):
+            self._drop_repeat()
+            return False
+        factor = grad_factor()
+        scalars: list[StepScalars] = []
+        for group_index, group in enumerate(groups):
+            self._check_settings(group, group_index)
+            records = _Records(group, factor)
+            for index, step in repeat.records(group_index):
+                scalars.append(records.at_step(step, label_of(group, group_index, index)))
+        repeat.step(scalars, self.skipped)
+        self._in_vain = -1  # the end of this one adds one
+        return True
+
+    def remember(
+        self, groups: Sequence[dict[str, Any]], states: States, tasks: Sequence[Task], partition: Partition
+    ) -> None:
+        """Prepare to ``repeat`` a step that was taken, where it is the second in a row of the same parameters.
+
+        That takes as long as half a step: where it was in vain, it is left out of the next step, then of the next
+        three, up to 63.
+        """
+        self._drop_repeat()
+        stepped = [id(task.param) for task in tasks]
+        self._alike = self._alike + 1 if stepped == self._stepped else 0
+        self._stepped = stepped
+        wanted = self._alike >= min(2**self._in_vain, 64)
+        if wanted and self.offload is None and Repeat.can_repeat(groups, tasks, partition):
+            self._repeat, self._alike = Repeat(groups, states, tasks, partition), 0
+
+    def _drop_repeat(self) -> None:
+        if self._repeat is not None:
+            self._in_vain += 1
+        self._repeat = None
 
     # ---------------------------------------------------------------- check
 
@@ -355,7 +429,10 @@ class _Records:
         """Of a parameter's state; None before its first step."""
         if self._on_device is not None:
             return self._on_device
-        step = int(state["step"]) + 1 if state else 1
+        return self.at_step(int(state["step"]) + 1 if state else 1, label)
+
+    def at_step(self, step: int, label: str) -> StepScalars:
+        """Of step number ``step``, on the host."""
         if step not in self._by_step:
             self._by_step[step] = _scalars(self._group, self._lr, step, self._grad_factor, label)
         return self._by_step[step]

@@ -181,15 +181,19 @@ def _step(stage: Stage, skipped: Skipped) -> None:
             copies.append((piece, fragment.param))
         calls.setdefault((task.backend, fragment.param.device), []).append((fragment, _scalars(task)))
     for (backend, device), fragments in calls.items():
-        left_out = kernels.BACKENDS[backend](fragments)
-        if isinstance(held := skipped.get(device, 0), Tensor):
-            held += left_out  # in place, as a CUDA graph does it again
-        else:
-            skipped[device] = held + left_out
+        add_skipped(skipped, device, kernels.BACKENDS[backend](fragments))
     if stage.passage is not None:
         stage.passage.send_back()
     for piece, values in copies:
         write(piece.param, piece.start, piece.stop, values)
+
+
+def add_skipped(skipped: Skipped, device: torch.device, left_out: Tensor | int) -> None:
+    """Count blocks that a backend has left out."""
+    if isinstance(held := skipped.get(device, 0), Tensor):
+        held += left_out  # in place, as a CUDA graph does it again
+    else:
+        skipped[device] = held + left_out
 
 
 def _scalars(task: Task) -> StepScalars | DeviceStep:

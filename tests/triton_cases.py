@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_adam.kernels import reference, triton
 from lowmem_adam.kernels.fragment import CodedMoments, Fragment, FullMoments, StepScalars, Work
+from lowmem_adam.kernels.tables import Plan
 from lowmem_adam.layout import Layout
 from tests import kernel_cases as cases
 from tests.cases import DTYPES, generator
@@ -355,7 +356,7 @@ def test_tables_are_kept_where_nothing_has_changed_but_values() -> None:
 
 def launches(made: Sequence[Case]) -> int:
     moved = [(on_device(case.start)._replace(grad=placed(case.steps[0][0])), case.steps[0][1]) for case in made]
-    return len(triton.Plan(moved, moved[0][0].param.device).launches)
+    return len(Plan(moved, moved[0][0].param.device).launches)
 
 
 def test_a_handful_of_launches_for_a_model_of_300_tensors() -> None:

@@ -137,6 +137,31 @@ def test_settings_may_change_between_steps() -> None:
     assert_same_bits(made[0], made[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_that_are_the_last_one_over_again(dtype: torch.dtype) -> None:
+    made = []
+    for backend in ("triton", "reference"):
+        params = there(make_params(FEW, dtype)) if backend == "triton" else make_params(FEW, dtype)
+        groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]
+        opt = Adam8bit(groups, lr=0.01, backend=backend)
+        seen = []
+        for step in range(9):
+            set_gradients(params, step)
+            if step in (4, 5):  # not at a multiple of a load
+                held = torch.zeros(params[0].numel() + 1, dtype=dtype, device=params[0].device)
+                grad = held[1:].view(params[0].shape)
+                params[0].grad = grad.copy_(params[0].grad)  # type: ignore[arg-type]
+            if step == 6:
+                opt.param_groups[0]["weight_decay"] = 0.3
+            if step == 7:
+                opt.param_groups[1]["lr"] = 0.2
+            assert (opt._stepper._repeat is not None) == (step > 1)
+            opt.step()
+            seen.append(results(opt))
+        made.append(seen)
+    assert_same_bits(made[0], made[1])
+
+
 def test_scales_and_clipping_on_the_device() -> None:
     made = []
     for capturable in (False, True):

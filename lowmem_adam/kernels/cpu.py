@@ -12,6 +12,7 @@ import functools
 import os
 import struct
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import reference
-from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, Work
+from lowmem_adam.kernels.fragment import Batch, CodedMoments, DynamicMoments, Fragment, Work
 from lowmem_adam.kernels.records import RECORD, pack
 from lowmem_adam.layout import BLOCK_SIZE, FLAT_BLOCK_SIZE
 
@@ -46,6 +47,8 @@ _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 
 # Twice data, shape, dtype, dims; then exp_avg, exp_avg_sq, block_floor, block_span, absmax1, absmax2; master and its
 # kind; rows, cols, block_size, first_block, end_block, index of the scalars: struct lowmem_adam_fragment.
 _FRAGMENT = struct.Struct("QQii QQii QQQQQQ Qq qqqqqq")
+_GRAD_WORD = 3
+"""Which of a fragment's 8-byte words is its gradient's address."""
 
 
 class LibraryError(RuntimeError):
@@ -208,7 +211,7 @@ def adam_step_(work: Sequence[Work], *, isa: str | None = None, num_threads: int
     library = load()
     number = library.isa if isa is None else _isa_number(library, isa)
     threads = torch.get_num_threads() if num_threads is None else num_threads
-    packed = _Packed(work)
+    packed = _packed(work)
     skipped = ctypes.c_int64()
     status = library.handle.lowmem_adam_step(
         packed.fragments, packed.count, packed.scalars, packed.scalars_count, threads, number, ctypes.byref(skipped)
@@ -231,6 +234,21 @@ def _isa_number(library: Library, isa: str) -> int:
     return ISAS.index(isa)
 
 
+def _packed(work: Sequence[Work]) -> _Packed:
+    """Of a batch that is there again, what was packed before, with other addresses and numbers."""
+    if not isinstance(work, Batch):
+        return _Packed(work)
+    packed: _Packed | None = work.kept.get("cpu")
+    if packed is not None:
+        packed.renew(work)
+        return packed
+    packed = _Packed(work)
+    if not packed.left_over:
+        packed.drop_gradients()
+        work.kept["cpu"] = packed
+    return packed
+
+
 class _Packed:
     """Fragments and hyperparameters as the library reads them.
 
@@ -241,6 +259,7 @@ class _Packed:
     def __init__(self, work: Sequence[Work]) -> None:
         self.left_over: list[Work] = []
         self._kept: list[object] = []  # what the library is given addresses of
+        self._gradients: list[Tensor] = []  # likewise
         fragments, records = bytearray(_FRAGMENT.size * len(work)), bytearray()
         index_of: dict[int, int] = {}
         offset = 0
@@ -253,7 +272,8 @@ class _Packed:
             if place.param.dims > MAX_DIMS or grad.dims > MAX_DIMS or fragment.param.is_neg():
                 self.left_over.append(item)
                 continue
-            self._kept += (place, grad, grad_tensor)
+            self._kept += (place, grad)
+            self._gradients.append(grad_tensor)
             index = index_of.get(id(scalars))
             if index is None:
                 index = index_of[id(scalars)] = len(index_of)
@@ -263,6 +283,17 @@ class _Packed:
         self.count, self.scalars_count = offset // _FRAGMENT.size, len(index_of)
         self.fragments = (ctypes.c_char * len(fragments)).from_buffer(fragments)
         self.scalars = (ctypes.c_char * len(records)).from_buffer(records)
+        self._words, self._records = fragments, records
+
+    def drop_gradients(self) -> None:
+        """Leave it to the caller to keep gradients as long as the library reads them."""
+        self._gradients.clear()
+
+    def renew(self, batch: Batch) -> None:
+        """Take another batch of the same kind, of which nothing is left over."""
+        words = memoryview(self._words).cast("B").cast("q")
+        words[_GRAD_WORD :: _FRAGMENT.size // words.itemsize] = array("q", batch.addresses)
+        self._records[:] = b"".join(map(pack, batch.records))
 
 
 class _Place:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
@@ -205,3 +206,44 @@ DeviceWork = tuple[Fragment, DeviceStep]
 """The same where the device counts the steps."""
 
 AnyWork = tuple[Fragment, StepScalars | DeviceStep]
+
+
+class Batch(Sequence[Work]):
+    """Fragments of which a backend may know all but where gradients lie and the numbers of this step.
+
+    Args:
+        fragments: with any tensor in the place of their gradients.
+        grads: gradients, one a fragment, none of which has its sign bit set.
+        addresses: of these.
+        records: hyperparameters, each once.
+        rows: of every fragment its record.
+        kept: a dictionary for backends, the same as long as ``fragments`` and ``rows`` are the same objects, gradients
+            look the same (``looks.Look``), and so do the switches in records: whether there is L2 decay,
+            ``stochastic`` and ``skip_nonfinite``.
+    """
+
+    __slots__ = ("_fragments", "_grads", "addresses", "kept", "records", "rows")
+
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        grads: Sequence[Tensor],
+        addresses: Sequence[int],
+        records: Sequence[StepScalars],
+        rows: Sequence[int],
+        kept: dict[str, Any],
+    ) -> None:
+        self._fragments, self._grads = fragments, grads
+        self.addresses, self.records, self.rows, self.kept = addresses, records, rows, kept
+
+    def __len__(self) -> int:
+        return len(self._fragments)
+
+    @overload
+    def __getitem__(self, index: int) -> Work: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Work]: ...
+    def __getitem__(self, index: int | slice) -> Work | list[Work]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._fragments[index]._replace(grad=self._grads[index]), self.records[self.rows[index]]

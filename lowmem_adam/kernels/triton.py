@@ -1,8 +1,8 @@
 """The step on an accelerator: all fragments of a kind in one launch of a Triton kernel.
 
-Here is what the host does for it. Fragments are sorted by kind and described in tables, which are sent once and hold
-until something changes; a step sends the addresses of gradients and the hyperparameters, in one copy. The kernels are
-in ``gpu.step``, which is imported with the first step: a machine without Triton needs it not.
+Here is what the host does for it. Fragments are sorted by kind and described in tables (``tables``), which are sent
+once and hold until something changes; a step sends the addresses of gradients and the hyperparameters, in one copy. The
+kernels are in ``gpu.step``, which is imported with the first step: a machine without Triton needs it not.
 
 Where steps are counted on the device (``DeviceStep``), a kernel makes the hyperparameters of a step, and in a CUDA
 graph kernels write down the addresses too, so that a replay steps on.
@@ -12,41 +12,21 @@ With ``TRITON_INTERPRET=1`` in the environment from the start, kernels run on th
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
-from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lowmem_adam.codec import mix32
 from lowmem_adam.kernels import cpu, reference
-from lowmem_adam.kernels.fragment import (
-    AnyWork,
-    CodedMoments,
-    DeviceRates,
-    DeviceSettings,
-    DeviceStep,
-    DeviceWork,
-    Fragment,
-    StepScalars,
-    Work,
-)
-from lowmem_adam.kernels.records import pack
-from lowmem_adam.layout import BLOCK_SIZE
-
-_ALIGNMENT = 16
-"""Bytes of one load."""
+from lowmem_adam.kernels.fragment import AnyWork, Batch, DeviceStep, Work
+from lowmem_adam.kernels.tables import Kind, Plan, capturing, step_code
 
 LEAST_CAPABILITY = (7, 0)
 """Of NVIDIA's devices, those that Triton compiles for."""
-
-_RECORD_BYTES = 64
 
 MOST_REGISTERS = 168
 """Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for three programs of four warps."""
@@ -93,21 +73,6 @@ def check_available(device: torch.device) -> None:
         raise TritonError(f'backend is "triton", and {reason}')
 
 
-@functools.cache
-def _step_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.gpu.step")
-
-
-@functools.cache
-def _record_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.gpu.records")
-
-
-@functools.cache
-def _weight_code() -> Any:
-    return importlib.import_module("lowmem_adam.kernels.gpu.weights")
-
-
 # ---------------------------------------------------------------- the step
 
 
@@ -118,11 +83,11 @@ def check_walkable(tensor: Tensor, label: str) -> None:
         ValueError: a negative view, or too many dimensions that do not run on in memory.
     """
     dims = 0 if tensor.is_contiguous() else len(cpu.merged_dimensions(tensor))
-    if tensor.is_neg() or dims > _step_code().MAX_DIMS:
+    if tensor.is_neg() or dims > step_code().MAX_DIMS:
         raise ValueError(
             f"{label} has strides {tensor.stride()}, {dims} dimensions that do not run on in memory"
             f"{' and the sign bit of a view' if tensor.is_neg() else ''}, and capturable is True; accepted with it: "
-            f"up to {_step_code().MAX_DIMS} such dimensions and no negative views"
+            f"up to {step_code().MAX_DIMS} such dimensions and no negative views"
         )
 
 
@@ -142,14 +107,15 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
     if not work:
         return torch.zeros((), dtype=torch.int64)
     device = work[0][0].param.device
-    if any(fragment.grad.is_neg() for fragment, _ in work):  # memory of another sign than the values
+    # The memory of a negative view has another sign than its values.
+    if not isinstance(work, Batch) and any(fragment.grad.is_neg() for fragment, _ in work):
         work = [(fragment._replace(grad=fragment.grad.resolve_neg()), scalars) for fragment, scalars in work]
     with _on(device):
         plan = _plan_of(work, device)
         skipped, gradients, records = plan.tables(work)
         words = records.view(torch.int32)
         for kind, programs in plan.launches:
-            _step_code().adam_step_kernel[(len(programs),)](
+            step_code().adam_step_kernel[(len(programs),)](
                 programs,
                 plan.fragments,
                 gradients,
@@ -158,7 +124,7 @@ def adam_step_(work: Sequence[AnyWork]) -> Tensor:
                 skipped,
                 *kind,
                 kind.coded and _is_nvidia(device),
-                num_warps=_step_code().NUM_WARPS,
+                num_warps=step_code().NUM_WARPS,
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference does twice
                 **_register_options(kind, device),
             )
@@ -178,20 +144,24 @@ def _is_nvidia(device: torch.device) -> bool:
 
 def _register_options(kind: Kind, device: torch.device) -> dict[str, int]:
     """Unasked, NVIDIA's assembler spills some kernels with fp32 moments to get down to 128 registers."""
-    told = _is_nvidia(device) and not kind.coded and kind.layout == _step_code().WHOLE.value
+    told = _is_nvidia(device) and not kind.coded and kind.layout == step_code().WHOLE.value
     return {"maxnreg": MOST_REGISTERS} if told else {}
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
-    """From the first fragment's cache, if it has one and what it keeps is of these fragments."""
-    cache = work[0][0].cache
+    """From the batch, or else the first fragment's cache, if it has one and what it keeps is of these fragments."""
+    if not isinstance(work, Batch):
+        return _plan_in(work[0][0].cache, work, device)
+    plan: Plan | None = work.kept.get("triton")
+    if plan is None or not plan.fits_batch(work):
+        plan = work.kept["triton"] = _plan_in(work[0][0].cache, work, device)
+    return plan
+
+
+def _plan_in(cache: dict[str, Any] | None, work: Sequence[AnyWork], device: torch.device) -> Plan:
     plans: list[Plan] = [] if cache is None else cache.setdefault("triton", [])
     plan = next((plan for plan in plans if plan.fits(work)), None)
-    if _capturing(device):
+    if capturing(device):
         if plan is None:
             raise RuntimeError(
                 "a step in a CUDA graph capture that is not like any taken before it; accepted: captures of a step "
@@ -207,322 +177,3 @@ def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
         plans.remove(plan)
         plans.insert(0, plan)
     return plan
-
-
-# ---------------------------------------------------------------- what does not change
-
-
-class Kind(NamedTuple):
-    """What a kernel is compiled for, in the order of its arguments; numbers are those of the device code."""
-
-    param: int
-    grad: int
-    master: int
-    coded: bool
-    layout: int
-    blocks: int
-    decays_gradient: bool
-    stochastic: bool
-    skip_nonfinite: bool
-
-
-class _Row(NamedTuple):
-    """A row of the table of fragments: a fragment, or the last block of one."""
-
-    kind: Kind
-    place: int
-    """The fragment's, in the work."""
-    words: list[int]
-    grad_offset: int
-    """Bytes from where the fragment's gradient begins."""
-
-
-class _Seen(NamedTuple):
-    """What of a gradient and of hyperparameters decides how a fragment is described."""
-
-    grad: torch.dtype
-    strides: tuple[int, ...] | None
-    """None where it lies in one run."""
-    aligned: bool
-    decays_gradient: bool
-    stochastic: bool
-    skip_nonfinite: bool
-    settings: DeviceSettings | None
-    counter: int
-    """Where the device counts its steps; 0 where it does not."""
-
-
-def _seen(grad: Tensor, scalars: StepScalars | DeviceStep) -> _Seen:
-    strides = None if grad.is_contiguous() else grad.stride()
-    layout = (grad.dtype, strides, grad.data_ptr() % _ALIGNMENT == 0)
-    if isinstance(scalars, StepScalars):
-        s = scalars
-        return _Seen(*layout, s.weight_decay != 0.0, s.stochastic, s.skip_nonfinite, None, 0)
-    settings = scalars.settings
-    flags = (settings.l2_decay != 0.0, settings.stochastic, settings.skip_nonfinite)
-    return _Seen(*layout, *flags, settings, scalars.step.data_ptr())
-
-
-def _key_of(fragment: Fragment) -> object | None:
-    """What is the same only where the fragment's cache is."""
-    return None if fragment.cache is None else fragment.cache.setdefault("key", _Key())
-
-
-class _Key:
-    """Nothing but itself."""
-
-
-class Plan:
-    """Tables for some fragments on a device.
-
-    Args:
-        work: what they are of; they hold for all that looks the same.
-        device: of all fragments.
-    """
-
-    def __init__(self, work: Sequence[AnyWork], device: torch.device) -> None:
-        # Not the caches themselves, which hold this plan and views of parameters and state.
-        self._keys = [_key_of(fragment) for fragment, _ in work]
-        self._seen = [_seen(fragment.grad, scalars) for fragment, scalars in work]
-        self._device = device
-        self.left_over: list[int] = []
-        """Places in the work of fragments that kernels cannot walk, for the reference to step."""
-        rows: list[_Row] = []
-        for place, ((fragment, _), seen) in enumerate(zip(work, self._seen, strict=True)):
-            described = _described(fragment, seen, place, device)
-            if described is None:
-                self.left_over.append(place)
-            else:
-                rows += described
-        rows.sort(key=lambda row: row.kind)
-        self._gradients = [(row.place, row.grad_offset) for row in rows]
-        self.launches = self._numbered(rows)
-        """Kinds, and for every program of each the row that it steps, int32."""
-        words = [word for row in rows for word in row.words]
-        self.fragments = _placed(torch.tensor(words, dtype=torch.int64), device)
-        """int64, flat, ``FRAGMENT_WORDS`` a row."""
-        self._recipes = _Recipes(cast("Sequence[DeviceWork]", work), device) if self._counts() else None
-
-    def _counts(self) -> bool:
-        counting = [seen.counter != 0 for seen in self._seen]
-        assert all(counting) or not any(counting)
-        assert not (counting[0] and self.left_over), "check_walkable was not asked"
-        return counting[0]
-
-    def _numbered(self, rows: Sequence[_Row]) -> list[tuple[Kind, Tensor]]:
-        code = _step_code()
-        launches = []
-        for kind in dict.fromkeys(row.kind for row in rows):
-            own = [(index, row.words) for index, row in enumerate(rows) if row.kind == kind]
-            repeats: list[int] = []
-            total = 0
-            for _, words in own:
-                words[code.FIRST_PROGRAM] = total
-                repeats.append(-(-words[code.COUNT] // kind.blocks))
-                total += repeats[-1]
-            programs = torch.tensor([index for index, _ in own], dtype=torch.int32).repeat_interleave(
-                torch.tensor(repeats)
-            )
-            launches.append((kind, _placed(programs, self._device)))
-        return launches
-
-    def fits(self, work: Sequence[AnyWork]) -> bool:
-        """Whether it describes these fragments."""
-        if len(work) != len(self._seen) or (self._recipes is not None and not self._recipes.fit(work)):
-            return False
-        for (fragment, scalars), key, seen in zip(work, self._keys, self._seen, strict=True):
-            if key is None or _key_of(fragment) is not key or _seen(fragment.grad, scalars) != seen:
-                return False
-        return True
-
-    # ------------------------------------------------------------ what changes
-
-    def tables(self, work: Sequence[AnyWork]) -> tuple[Tensor, Tensor, Tensor]:
-        """A counter that is zero, the table of gradients, and records; all on the device."""
-        addresses = [fragment.grad.data_ptr() for fragment, _ in work]
-        gradients = [(addresses[place] + offset, place) for place, offset in self._gradients]
-        if self._recipes is None:
-            index_of: dict[int, int] = {}
-            packed = bytearray()
-            for _, scalars in cast("Sequence[Work]", work):
-                if id(scalars) not in index_of:
-                    index_of[id(scalars)] = len(index_of)
-                    packed += pack(scalars) + _LIVE
-            gradients = [(address, index_of[id(work[place][1])]) for address, place in gradients]
-            return _sent(gradients, bytes(packed), self._device)
-        records = self._recipes.followed([scalars.rates for _, scalars in cast("Sequence[DeviceWork]", work)])
-        if not _capturing(self._device):
-            return (*_sent(gradients, b"", self._device)[:2], records)
-        return torch.zeros((), dtype=torch.int64, device=self._device), _written(gradients, self._device), records
-
-
-_LIVE = (1).to_bytes(4, "little") + bytes(8)
-"""What follows a packed record: that the step is to be taken, and what fills it up."""
-
-
-def _sent(gradients: Sequence[tuple[int, int]], records: bytes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A counter, the table of gradients and records, in one copy to the device."""
-    rows = array("q", (number for row in gradients for number in row)).tobytes()
-    content = bytearray(_ALIGNMENT) + records + rows
-    held = _placed(torch.frombuffer(content, dtype=torch.uint8), device)
-    first, middle = _ALIGNMENT, _ALIGNMENT + len(records)
-    return held[:8].view(torch.int64)[0], held[middle:].view(torch.int64), held[first:middle].view(torch.float32)
-
-
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for it."""
-    # Pinned memory is not given to others before the copy has been made.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _written(gradients: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """The table of gradients, from the arguments of kernels."""
-    code = _record_code()
-    table = torch.empty(2 * len(gradients), dtype=torch.int64, device=device)
-    rows = [(row, address, place) for row, (address, place) in enumerate(gradients)]
-    for first in range(0, len(rows), code.ROWS_AT_ONCE):
-        some = rows[first : first + code.ROWS_AT_ONCE]
-        some += some[-1:] * (code.ROWS_AT_ONCE - len(some))
-        code.address_kernel[(1,)](table, *(tuple(map(_odd_and_large, numbers)) for numbers in zip(*some, strict=True)))
-    return table
-
-
-def _odd_and_large(number: int) -> int:
-    return (1 << 60) + 2 * number + 1
-
-
-class _Recipes:
-    """What records are made of where the device counts the steps."""
-
-    def __init__(self, work: Sequence[DeviceWork], device: torch.device) -> None:
-        row_of: dict[int, int] = {}
-        recipes: list[float] = []
-        places: list[int] = []
-        self._groups: list[int] = []
-        """Of every fragment: its row of rates."""
-        for _, (step, settings, rates, _) in work:
-            row = row_of.setdefault(id(rates), len(row_of))
-            decoupled = settings.weight_decay if settings.decoupled else 0.0
-            sign = -1.0 if settings.maximize else 1.0
-            recipes += [*settings.betas, settings.eps, settings.l2_decay, decoupled, sign]
-            places += [step.data_ptr(), row, mix32(settings.seed)]
-            self._groups.append(row)
-        self._recipes = _placed(torch.tensor(recipes, dtype=torch.float64), device)
-        self._places = _placed(torch.tensor(places, dtype=torch.int64), device)
-        self._rates = torch.zeros(len(row_of), len(DeviceRates._fields), dtype=torch.float64, device=device)
-        self._written: dict[tuple[int, int], float] = {}
-
-    def fit(self, work: Sequence[AnyWork]) -> bool:
-        """Whether fragments belong together in the same groups."""
-        rates: dict[int, DeviceRates] = {}
-        for (_, scalars), row in zip(work, self._groups, strict=True):
-            if not isinstance(scalars, DeviceStep) or rates.setdefault(row, scalars.rates) is not scalars.rates:
-                return False
-        return len(set(map(id, rates.values()))) == len(rates)
-
-    def followed(self, rates: Sequence[DeviceRates]) -> Tensor:
-        """Count a step, and make its records."""
-        table, written = self._rates, self._written
-        if _capturing(table.device):  # a graph has its own, which a replay writes anew
-            table, written = torch.empty_like(table), {}
-        for row, values in dict(zip(self._groups, rates, strict=True)).items():
-            for col, value in enumerate(values):
-                if isinstance(value, Tensor):
-                    written.pop((row, col), None)
-                    table[row, col].copy_(value.detach().reshape(()), non_blocking=value.is_cuda)
-                elif written.get((row, col)) != value:
-                    written[row, col] = value
-                    table[row, col].fill_(value)
-        records = torch.zeros(len(self._groups) * _RECORD_BYTES // 4, device=table.device)
-        _record_code().record_kernel[(len(self._groups),)](
-            self._recipes,
-            self._places,
-            table,
-            records,
-            records.view(torch.int32),
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        return records
-
-
-# ---------------------------------------------------------------- fragments as rows
-
-
-def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device) -> list[_Row] | None:
-    """The rows of a fragment; None where kernels cannot walk it."""
-    cpu.check(fragment, device)
-    param, grad, layout = fragment.param, fragment.grad, fragment.layout
-    origin = layout.block_start(fragment.first_block)
-    numel = layout.block_start(fragment.end_block) - origin
-    accepted = (param.dtype, torch.float32)
-    if grad.dtype not in accepted or grad.numel() != numel or grad.device != device:
-        raise ValueError(
-            f"gradient of dtype {grad.dtype} has {grad.numel()} elements on {grad.device}; "
-            f"accepted: {param.dtype} or torch.float32, {numel}, {device}"
-        )
-    if numel == 0:
-        return []
-    code = _step_code()
-    in_one_run = param.is_contiguous() and seen.strides is None
-    dims = [0] * (4 * code.MAX_DIMS)
-    if param.is_neg() or layout.block_size != BLOCK_SIZE:
-        return None
-    if not in_one_run:
-        both = [cpu.merged_dimensions(tensor) for tensor in (param, grad)]
-        if max(map(len, both)) > code.MAX_DIMS:
-            return None
-        dims = [number for merged in both for number in _innermost_first(merged, code.MAX_DIMS)]
-
-    span = (fragment.first_block, fragment.end_block)
-    whole = layout.cols % BLOCK_SIZE == 0
-    if not in_one_run:
-        return [_row(fragment, seen, place, span, code.STRIDED.value, dims)]
-    if not (_is_aligned(fragment) and seen.aligned):
-        return [_row(fragment, seen, place, span, code.ANY.value, dims)]
-    if whole:
-        return [_row(fragment, seen, place, span, code.WHOLE.value, dims)]
-    if layout.rows == 1:  # all but the last block, which the row's end may cut
-        cut = min(fragment.end_block, layout.cols // BLOCK_SIZE)
-        spans = {(fragment.first_block, cut): code.WHOLE.value, (cut, fragment.end_block): code.ANY.value}
-        return [_row(fragment, seen, place, part, how, dims) for part, how in spans.items() if part[0] < part[1]]
-    how = code.ALIGNED.value if layout.cols % _ALIGNMENT == 0 else code.ANY.value
-    return [_row(fragment, seen, place, span, how, dims)]
-
-
-def _is_aligned(fragment: Fragment) -> bool:
-    """Whether all that is loaded by elements lies at multiples of a load."""
-    held = fragment.moments[:2]
-    tensors = (fragment.param, *held, *(() if fragment.master is None else (fragment.master,)))
-    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
-
-
-def _innermost_first(merged: Sequence[tuple[int, int]], most: int) -> list[int]:
-    """Sizes and strides, filled up by dimensions of one element."""
-    filled = [*reversed(merged), *[(1, 0)] * (most - len(merged))]
-    return [number for dimension in filled for number in dimension]
-
-
-def _row(fragment: Fragment, seen: _Seen, place: int, span: tuple[int, int], how: int, dims: Sequence[int]) -> _Row:
-    layout, moments, master = fragment.layout, fragment.moments, fragment.master
-    start = layout.block_start(span[0])
-    elements, blocks = start - layout.block_start(fragment.first_block), span[0] - fragment.first_block
-    coded = isinstance(moments, CodedMoments)
-    by_element = (fragment.param, *moments[:2])
-    addresses = [tensor.data_ptr() + elements * tensor.element_size() for tensor in by_element]
-    addresses += [tensor.data_ptr() + blocks for tensor in moments[2:]] if coded else [0, 0]
-    addresses += [0 if master is None else master.data_ptr() + elements * master.element_size()]
-    of_blocks = [layout.cols, layout.blocks_per_row, span[0], span[1] - span[0], start, 0]
-    kinds = _weight_code()
-    kind = Kind(
-        kinds.DTYPES[fragment.param.dtype],
-        kinds.DTYPES[seen.grad],
-        kinds.MASTERS[None if master is None else master.dtype],
-        coded,
-        how,
-        _step_code().BLOCKS[how],
-        seen.decays_gradient,
-        seen.stochastic and master is None and fragment.param.dtype != torch.float32,
-        seen.skip_nonfinite,
-    )
-    return _Row(kind, place, [*addresses, *of_blocks, *dims], elements * seen.grad.itemsize)
