@@ -36,7 +36,7 @@ from lowmem_adam.kernels.gpu.weights import (
 )
 from lowmem_adam.layout import BLOCK_SIZE
 
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 # How a fragment's elements lie in memory.
 WHOLE: tl.constexpr = tl.constexpr(0)  # blocks of 128 elements, one after the other, aligned to 16 bytes
@@ -44,7 +44,7 @@ ALIGNED: tl.constexpr = tl.constexpr(1)  # rows of a multiple of 16 elements, al
 ANY: tl.constexpr = tl.constexpr(2)  # one after the other
 STRIDED: tl.constexpr = tl.constexpr(3)  # parameter or gradient in up to MAX_DIMS dimensions
 
-BLOCKS = {WHOLE.value: 16, ALIGNED.value: 16, ANY.value: 4, STRIDED.value: 4}
+BLOCKS = {WHOLE.value: 8, ALIGNED.value: 8, ANY.value: 4, STRIDED.value: 4}
 """Blocks of a program: 2,048 elements give a thread 16 codes in one 128-bit load. Where codes are loaded one by one, a
 thread has one element of each block, and more blocks would want more registers than there are."""
 
