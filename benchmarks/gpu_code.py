@@ -46,12 +46,12 @@ SHAPES = {"WHOLE": (64, 512), "ALIGNED": (64, 144), "ANY": (64, 130), "STRIDED":
 REGISTERS = {"cuda": MOST_REGISTERS, "hip": 128}
 """Most registers of a thread.
 
-NVIDIA's multiprocessor has 65,536 and gives them out by eights, so with 168 three programs of four warps are there at
+NVIDIA's multiprocessor has 65,536 and gives them out by eights, so with 168 six programs of two warps are there at
 once, with 36 KB of bf16 elements on their way, or 60 KB of fp32. By Little's law an H100 (3.35 TB/s, 132
 multiprocessors) needs 20 KB if memory takes 800 ns. AMD's SIMD has 512 for each of its lanes: with 128, four waves.
 """
 ALL_REGISTERS = 255
-"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is that of nearly all parameters: two programs at once."""
+"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is that of nearly all parameters: four programs at once."""
 
 
 class Kernel(NamedTuple):
@@ -257,8 +257,9 @@ def traffic_problems(kernel: Kernel, nvidia: bool, counted: Counted) -> list[str
             found.append("accesses of fewer than 128 bits")
     if counted.in_the_binary is False:
         found.append("the binary has other loads and stores than the PTX")
-    # A thread's elements are all of one block, or each of another.
-    tables = 2 * (1 if kernel.layout in WIDE else seen.elements) if kernel.moments == "8bit" else 0
+    # A thread's elements are all of one block, or some of every block.
+    blocks = 1 if kernel.layout in WIDE else counted.elements // BLOCK_SIZE
+    tables = 2 * blocks if kernel.moments == "8bit" else 0
     if seen.metadata_loads != tables or seen.metadata_stores != min(tables, 2):
         found.append(f"{seen.metadata_loads} loads and {seen.metadata_stores} stores of metadata")
     return found

@@ -278,7 +278,15 @@ def contestants(precision: str) -> list[Contestant]:
     out.append(Contestant(OURS_GRAPH, precision, captured(AdamW8bit), own_state(), coded=True, captured=True))
     graph = captured(torch.optim.AdamW, fused=True)
     out.append(Contestant(FUSED_GRAPH, precision, graph, per_element(2 * item), captured=True))
-    out.append(Contestant(f"{OURS} bnb8bit", precision, ours(moments="bnb8bit"), bnb_state, coded=True))
+    out.append(
+        Contestant(
+            f"{OURS} bnb8bit",
+            precision,
+            ours(moments="bnb8bit", nonfinite="propagate", low_precision_update="nearest"),
+            bnb_state,
+            coded=True,
+        )
+    )
     if precision == "bf16":
         for name, update, weight in (
             ("split", {"low_precision_update": "split"}, 2.0),

@@ -312,7 +312,9 @@ def test_backend_chosen_for_a_device() -> None:
     group = {**THEIRS, "weight_decay": 0.0}
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert kernels.choose(None, cuda, group, torch.float32) == "bitsandbytes"
-    assert kernels.choose(None, cuda, {**group, "nonfinite": "skip"}, torch.float32) == "reference"
+    kernels._bitsandbytes_or_warning.cache_clear()
+    with pytest.warns(RuntimeWarning, match="a thousand times slower than bitsandbytes' operator: nonfinite is 'skip'"):
+        assert kernels.choose(None, cuda, {**group, "nonfinite": "skip"}, torch.float32) == "reference"
     assert kernels.choose(None, cpu, group, torch.float32) in ("cpu", "reference")
     with pytest.raises(ValueError, match="backend is 'triton' and moments is 'bnb8bit'; accepted: None"):
         kernels.choose("triton", cuda, group, torch.float32)
@@ -324,7 +326,7 @@ def test_backend_bitsandbytes_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     try:
         with pytest.raises(RuntimeError, match=r"bitsandbytes cannot be imported .* accepted: backend="):
             AdamW8bit([Parameter(torch.zeros(64, 64))], backend="bitsandbytes", **THEIRS)
-        assert not backend.can_step({**THEIRS, "weight_decay": 0.0}, torch.float32)
+        assert backend.why_not({**THEIRS, "weight_decay": 0.0}, torch.float32) is not None
     finally:
         backend._problem.cache_clear()
 

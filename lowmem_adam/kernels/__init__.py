@@ -62,7 +62,7 @@ def choose(
     if backend is not None:
         return backend
     if device.type == "cuda" and flat:
-        return "bitsandbytes" if bitsandbytes.can_step(group, dtype) else "reference"
+        return "bitsandbytes" if _bitsandbytes_or_warning(bitsandbytes.why_not(group, dtype)) else "reference"
     if device.type == "cuda" and _triton_or_warning(device):
         return "triton"
     return "cpu" if device.type == "cpu" and _native_or_warning() else "reference"
@@ -82,6 +82,19 @@ def of_gradient(chosen: str, backend: str | None, param: Tensor, grad: Tensor, l
             'its parameter, or backend="reference"'
         )
     return "reference"
+
+
+@functools.cache
+def _bitsandbytes_or_warning(reason: str | None) -> bool:
+    """Whether bitsandbytes' operator can be used on a CUDA device; where it cannot, one warning says why."""
+    if reason is not None:
+        warnings.warn(
+            f"moments is {FLAT!r}, and steps on CUDA devices take the reference backend, a thousand times slower than "
+            f"bitsandbytes' operator: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None
 
 
 @functools.cache

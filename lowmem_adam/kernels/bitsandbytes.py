@@ -56,9 +56,9 @@ def _refusal(group: Mapping[str, Any] | None, dtype: torch.dtype) -> str | None:
     return None
 
 
-def can_step(group: Mapping[str, Any] | None, dtype: torch.dtype) -> bool:
-    """Whether the operators are there and can do what a param group asks for, of parameters of a dtype."""
-    return _refusal(group, dtype) is None and _problem() is None
+def why_not(group: Mapping[str, Any] | None, dtype: torch.dtype) -> str | None:
+    """Why the operators cannot step a param group's parameters of a dtype; None where they can."""
+    return _refusal(group, dtype) or _problem()
 
 
 def check(group: Mapping[str, Any] | None, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ LEAST_CAPABILITY = (7, 0)
 """Of NVIDIA's devices, those that Triton compiles for."""
 
 MOST_REGISTERS = 168
-"""Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for three programs of four warps."""
+"""Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for six programs of two warps."""
 
 _MOST_PLANS = 4
 """Descriptions that are kept, of steps in which other parameters have gradients."""

@@ -45,7 +45,8 @@ ANY: tl.constexpr = tl.constexpr(2)  # one after the other
 STRIDED: tl.constexpr = tl.constexpr(3)  # parameter or gradient in up to MAX_DIMS dimensions
 
 BLOCKS = {WHOLE.value: 8, ALIGNED.value: 8, ANY.value: 4, STRIDED.value: 4}
-"""Blocks of a program: 2,048 elements give a thread 16 codes in one 128-bit load. Where codes are loaded one by one, a
+"""Blocks of a program: with 1,024 elements a thread has 16 codes in one 128-bit load. On an H100 programs of eight
+warps took up to a half longer, those of four and two alike, or a sixth longer with corrections of 16 bits. Where codes are loaded one by one, a
 thread has one element of each block, and more blocks would want more registers than there are."""
 
 MAX_DIMS = 4
