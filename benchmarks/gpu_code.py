@@ -51,7 +51,7 @@ once, with 36 KB of bf16 elements on their way, or 60 KB of fp32. By Little's la
 multiprocessors) needs 20 KB if memory takes 800 ns. AMD's SIMD has 512 for each of its lanes: with 128, four waves.
 """
 ALL_REGISTERS = 255
-"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is that of nearly all parameters: four programs at once."""
+"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is nearly all parameters': four programs at once."""
 
 
 class Kernel(NamedTuple):
