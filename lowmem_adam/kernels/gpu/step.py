@@ -44,7 +44,7 @@ ALIGNED: tl.constexpr = tl.constexpr(1)  # rows of a multiple of 16 elements, al
 ANY: tl.constexpr = tl.constexpr(2)  # one after the other
 STRIDED: tl.constexpr = tl.constexpr(3)  # parameter or gradient in up to MAX_DIMS dimensions
 
-BLOCKS = {WHOLE.value: 8, ALIGNED.value: 8, ANY.value: 2, STRIDED.value: 2}
+BLOCKS = {WHOLE.value: 8, ALIGNED.value: 8, ANY.value: 4, STRIDED.value: 2}
 """Blocks of a program: with 1,024 elements a thread has 16 codes in one 128-bit load. On an H100 programs of eight
 warps took up to a half longer, those of four warps and two alike, or a sixth longer with corrections of 16 bits. Where
 codes are loaded one by one, a thread has elements of each block, and more of them would want more registers than there
