@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_adam.kernels import cpu
+from lowmem_adam.kernels import checks, cpu
 from lowmem_adam.kernels.fragment import CodedMoments, DynamicMoments, Fragment, FullMoments, StepScalars
 from lowmem_adam.layout import FLAT
 from tests import kernel_cases as cases
@@ -345,7 +345,7 @@ def test_any_memory_layout(
     param = torch.randn(shape, generator=generator(21)).to(dtypes[0])
     assert torch.equal(lay_out(param), param)
     assert lay_out(param).is_contiguous() == (dims == 0)
-    assert dims == 0 or len(cpu.merged_dimensions(lay_out(param))) == dims
+    assert dims == 0 or len(checks.merged_dimensions(lay_out(param))) == dims
     grads = [torch.randn(shape, generator=generator(22, step)).to(dtypes[1]) for step in range(2)]
     for weight, laid in (
         (lay_out(param), [lay_out(g) for g in grads]),

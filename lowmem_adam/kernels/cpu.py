@@ -23,9 +23,9 @@ from torch import Tensor
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.dynamic_map import dynamic_map
 from lowmem_adam.kernels import reference
+from lowmem_adam.kernels.checks import check, merged_dimensions
 from lowmem_adam.kernels.fragment import Batch, CodedMoments, DynamicMoments, Fragment, Work
 from lowmem_adam.kernels.records import RECORD, pack
-from lowmem_adam.layout import BLOCK_SIZE, FLAT_BLOCK_SIZE
 
 ABI_VERSION = 3
 MAX_DIMS = 8
@@ -36,11 +36,6 @@ _BEST = -1
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASTER_KINDS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
-_BLOCK_SIZES = {
-    "CodedMoments": (BLOCK_SIZE,),
-    "DynamicMoments": (FLAT_BLOCK_SIZE,),
-    "FullMoments": (BLOCK_SIZE, FLAT_BLOCK_SIZE),
-}
 _FORKED = 6
 _STATUS = {1: "dtypes", 2: "layout", 3: "a null pointer", 4: "instruction set", 5: "number of threads"}
 
@@ -348,71 +343,3 @@ def _place_of(fragment: Fragment) -> _FragmentPlace:
             f"accepted: {dtype} or torch.float32, {place.numel}, cpu"
         )
     return place
-
-
-def merged_dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides of a tensor, outermost first, with dimensions that run on in memory taken together."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged or [(1, 1)]
-
-
-def check(fragment: Fragment, device: torch.device) -> None:
-    """Check everything about parameter, moments and master that a kernel takes on trust.
-
-    Raises:
-        ValueError: another device, dtype or size, or moments that are not contiguous.
-    """
-    param, moments, layout = fragment.param, fragment.moments, fragment.layout
-    numel = layout.block_start(fragment.end_block) - layout.block_start(fragment.first_block)
-    if param.dtype not in _DTYPES or param.numel() != numel or param.device != device:
-        raise ValueError(
-            f"parameter of dtype {param.dtype} has {param.numel()} elements on {param.device}; "
-            f"accepted: {', '.join(map(str, _DTYPES))}, {numel}, {device}"
-        )
-    blocks = fragment.end_block - fragment.first_block
-    held: tuple[tuple[str, torch.dtype, int], ...]
-    if isinstance(moments, CodedMoments):
-        held = (
-            ("exp_avg_code", torch.int8, numel),
-            ("exp_avg_sq_code", torch.uint8, numel),
-            ("block_floor", torch.uint8, blocks),
-            ("block_span", torch.uint8, blocks),
-        )
-    elif isinstance(moments, DynamicMoments):
-        held = (
-            ("state1", torch.uint8, numel),
-            ("state2", torch.uint8, numel),
-            ("absmax1", torch.float32, blocks),
-            ("absmax2", torch.float32, blocks),
-        )
-    else:
-        held = (("exp_avg", torch.float32, numel), ("exp_avg_sq", torch.float32, numel))
-    sizes = _BLOCK_SIZES[type(moments).__name__]
-    if layout.block_size not in sizes:
-        raise ValueError(
-            f"layout has blocks of {layout.block_size} elements for {type(moments).__name__}; accepted: "
-            f"{' or '.join(map(str, sizes))}"
-        )
-    tensors: tuple[Tensor, ...] = moments
-    master = fragment.master
-    if master is not None:
-        if param.dtype == torch.float32 or master.dtype not in _MASTER_KINDS:
-            raise ValueError(
-                f"master of dtype {master.dtype} for a parameter of dtype {param.dtype}; accepted: "
-                f"{', '.join(map(str, _MASTER_KINDS))} for one of torch.bfloat16 or torch.float16"
-            )
-        held, tensors = (*held, ("master", master.dtype, numel)), (*moments, master)
-    for (name, dtype, elements), tensor in zip(held, tensors, strict=True):
-        placed = tensor.is_contiguous() and tensor.device == device
-        if tensor.dtype != dtype or tensor.numel() != elements or not placed:
-            raise ValueError(
-                f"{name} of dtype {tensor.dtype} has {tensor.numel()} elements on {tensor.device}, contiguous: "
-                f"{tensor.is_contiguous()}; accepted: {dtype}, {elements}, {device}, contiguous"
-            )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam.codec import mix32
-from lowmem_adam.kernels import cpu
+from lowmem_adam.kernels import checks
 from lowmem_adam.kernels.fragment import (
     AnyWork,
     Batch,
@@ -315,7 +315,7 @@ class _Recipes:
 
 def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device) -> list[_Row] | None:
     """The rows of a fragment; None where kernels cannot walk it."""
-    cpu.check(fragment, device)
+    checks.check(fragment, device)
     param, grad, layout = fragment.param, fragment.grad, fragment.layout
     origin = layout.block_start(fragment.first_block)
     numel = layout.block_start(fragment.end_block) - origin
@@ -333,7 +333,7 @@ def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device
     if param.is_neg() or layout.block_size != BLOCK_SIZE:
         return None
     if not in_one_run:
-        both = [cpu.merged_dimensions(tensor) for tensor in (param, grad)]
+        both = [checks.merged_dimensions(tensor) for tensor in (param, grad)]
         if max(map(len, both)) > code.MAX_DIMS:
             return None
         dims = [number for merged in both for number in _innermost_first(merged, code.MAX_DIMS)]

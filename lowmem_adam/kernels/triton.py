@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowmem_adam.kernels import cpu, reference
+from lowmem_adam.kernels import checks, reference
 from lowmem_adam.kernels.fragment import AnyWork, Batch, DeviceStep, Work
 from lowmem_adam.kernels.tables import Kind, Plan, capturing, step_code
 
@@ -82,7 +82,7 @@ def check_walkable(tensor: Tensor, label: str) -> None:
     Raises:
         ValueError: a negative view, or too many dimensions that do not run on in memory.
     """
-    dims = 0 if tensor.is_contiguous() else len(cpu.merged_dimensions(tensor))
+    dims = 0 if tensor.is_contiguous() else len(checks.merged_dimensions(tensor))
     if tensor.is_neg() or dims > step_code().MAX_DIMS:
         raise ValueError(
             f"{label} has strides {tensor.stride()}, {dims} dimensions that do not run on in memory"
