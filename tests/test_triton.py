@@ -1,14 +1,8 @@
-"""The Triton kernels in Triton's interpreter: in processes of their own, as that is chosen before they are imported.
-
-``tests/triton_cases.py`` and ``tests/triton_optimizer_cases.py`` have the cases; ``tests/test_gpu.py`` runs the same on
-a CUDA device.
-"""
+"""The backend ``"triton"`` on a machine without a CUDA device: what is refused, and what is not imported."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
 import subprocess
 import sys
 
@@ -19,28 +13,7 @@ from lowmem_adam import AdamW8bit, kernels
 from lowmem_adam.kernels import choose, triton
 from tests.launching import ROOT
 
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SECONDS = 280
-
-
-@NEEDS_TRITON
-@pytest.mark.parametrize("module", ["triton_cases", "triton_optimizer_cases"])
-def test_interpreted(module: str) -> None:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    # Warnings are NumPy's, of overflows that are meant.
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-p", "no:warnings", f"tests/{module}.py"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE), done.stdout[-500:]  # none was skipped
 
 
 def test_backend_on_the_cpu_is_refused() -> None:

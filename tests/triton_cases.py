@@ -1,7 +1,7 @@
 """The Triton kernels give the reference's bits: cases for a process whose device runs them.
 
-``tests/test_gpu.py`` runs them on a CUDA device, ``tests/test_triton.py`` in Triton's interpreter, on the CPU and so on
-fewer numbers: a program takes some 20 ms there.
+``tests/test_gpu.py`` runs them on a CUDA device, ``tests/test_gpu_interpreted.py`` in Triton's interpreter, on the CPU
+and so on fewer numbers: a program takes some 20 ms there.
 """
 
 from __future__ import annotations
