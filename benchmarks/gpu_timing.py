@@ -59,22 +59,19 @@ class Clock:
             run()
             host = time.perf_counter() - start
             return host, host
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start = time.perf_counter()
-        begin.record()
-        run()
-        end.record()
-        host = time.perf_counter() - start
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3, host
+        return self._timed(run)
 
     def queued(self, run: Callable[[], Any], delay: float) -> tuple[float, float] | None:
         """Seconds of `run` behind a delay on the device; None where work does not queue."""
         if not self.cuda:
             return None
         torch.cuda.synchronize()
+        return self._timed(run, delay)
+
+    def _timed(self, run: Callable[[], Any], delay: float = 0.0) -> tuple[float, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(delay * CYCLES))
+        if delay:
+            torch.cuda._sleep(int(delay * CYCLES))
         start = time.perf_counter()
         begin.record()
         run()

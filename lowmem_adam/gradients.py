@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import compiled, local, reduction, settings
+from lowmem_adam.kernels.tables import capturing
 from lowmem_adam.saving import SavedOptimizer
 from lowmem_adam.shard import Partition
-from lowmem_adam.stepping import Stepper, capturing
+from lowmem_adam.stepping import Stepper
 
 
 class InBackward(Protocol):

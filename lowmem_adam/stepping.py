@@ -16,6 +16,7 @@ from lowmem_adam import inputs, kernels, making, settings, updating
 from lowmem_adam.host_gradients import HostGradients
 from lowmem_adam.kernels import triton
 from lowmem_adam.kernels.fragment import DeviceRates, DeviceSettings, StepScalars
+from lowmem_adam.kernels.tables import capturing
 from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.local import check_dtensor, is_dtensor, local, local_gradient
 from lowmem_adam.offload import Offload
@@ -187,7 +188,10 @@ class Stepper:
         """As ``check``, of some parameters of a group, each with its place there."""
         self._check_settings(group, group_index)
         tasks: list[Task] = []
-        rates = DeviceRates(group["lr"], grad_factor, found_inf) if self.capturable else None
+        rates = None
+        if self.capturable:
+            rates = DeviceRates(group["lr"], grad_factor, found_inf)
+            _check_all_steps(group, f"param group {group_index}")
         records = _Records(group, grad_factor, rates, self.captured)
         backends: dict[tuple[torch.device, torch.dtype], str] = {}
         for index, param in params:
@@ -341,11 +345,6 @@ class Stepper:
         updating.update(tasks, partition, self.offload, self.skipped)
 
 
-def capturing() -> bool:
-    """Whether this is inside of a CUDA graph capture."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def refuse_capture() -> None:
     """Refuse to step inside of a CUDA graph capture.
 
@@ -417,9 +416,6 @@ class _Records:
         self._by_step: dict[int, StepScalars] = {}
         self._on_device: OnDevice | None = None
         if rates is not None and captured is not None:
-            if not isinstance(rates.lr, Tensor):
-                lr, decay = float(rates.lr), group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-                _check_range(group, max(lr / (1.0 - group["betas"][0]), abs(1.0 - lr * decay)), "a param group")
             self._on_device = (_device_settings(group), rates, captured)
         else:
             assert isinstance(grad_factor, float)
@@ -472,6 +468,17 @@ def _scalars(group: dict[str, Any], lr: float, step: int, grad_factor: float, la
     )
     _check_range(group, max(scalars.step_size, abs(scalars.shrink)), label)
     return scalars
+
+
+def _check_all_steps(group: Mapping[str, Any], label: str) -> None:
+    """As ``_check_range``, of any step with this learning rate; one that is a tensor may lie on the device.
+
+    Raises:
+        ValueError: a step might be too large.
+    """
+    if not isinstance(group["lr"], Tensor):
+        lr, decay = float(group["lr"]), group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+        _check_range(group, max(lr / (1.0 - group["betas"][0]), abs(1.0 - lr * decay)), label)
 
 
 def _check_range(group: Mapping[str, Any], largest: float, label: str) -> None:

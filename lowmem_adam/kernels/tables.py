@@ -35,8 +35,6 @@ from lowmem_adam.layout import BLOCK_SIZE
 _ALIGNMENT = 16
 """Bytes of one load."""
 
-_RECORD_BYTES = 64
-
 
 @functools.cache
 def step_code() -> Any:
@@ -56,9 +54,9 @@ def weight_code() -> Any:
     return importlib.import_module("lowmem_adam.kernels.gpu.weights")
 
 
-def capturing(device: torch.device) -> bool:
+def capturing() -> bool:
     """Whether this is inside of a CUDA graph capture."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 # ---------------------------------------------------------------- what does not change
@@ -215,7 +213,7 @@ class Plan:
             gradients = [(address, index_of[id(work[place][1])]) for address, place in gradients]
             return _sent(gradients, bytes(packed), self._device)
         records = self._recipes.followed([scalars.rates for _, scalars in cast("Sequence[DeviceWork]", work)])
-        if not capturing(self._device):
+        if not capturing():
             return (*_sent(gradients, b"", self._device)[:2], records)
         return torch.zeros((), dtype=torch.int64, device=self._device), _written(gradients, self._device), records
 
@@ -287,7 +285,7 @@ class _Recipes:
     def followed(self, rates: Sequence[DeviceRates]) -> Tensor:
         """Count a step, and make its records."""
         table, written = self._rates, self._written
-        if capturing(table.device):  # a graph has its own, which a replay writes anew
+        if capturing():  # a graph has its own, which a replay writes anew
             table, written = torch.empty_like(table), {}
         for row, values in dict(zip(self._groups, rates, strict=True)).items():
             for col, value in enumerate(values):
@@ -297,7 +295,7 @@ class _Recipes:
                 elif written.get((row, col)) != value:
                     written[row, col] = value
                     table[row, col].fill_(value)
-        records = torch.zeros(len(self._groups) * _RECORD_BYTES // 4, device=table.device)
+        records = torch.zeros(len(self._groups) * step_code().RECORD_WORDS, device=table.device)
         record_code().record_kernel[(len(self._groups),)](
             self._recipes,
             self._places,
@@ -328,8 +326,8 @@ def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device
     if numel == 0:
         return []
     code = step_code()
+    span = (fragment.first_block, fragment.end_block)
     in_one_run = param.is_contiguous() and seen.strides is None
-    dims = [0] * (4 * code.MAX_DIMS)
     if param.is_neg() or layout.block_size != BLOCK_SIZE:
         return None
     if not in_one_run:
@@ -337,14 +335,12 @@ def _described(fragment: Fragment, seen: _Seen, place: int, device: torch.device
         if max(map(len, both)) > code.MAX_DIMS:
             return None
         dims = [number for merged in both for number in _innermost_first(merged, code.MAX_DIMS)]
-
-    span = (fragment.first_block, fragment.end_block)
-    whole = layout.cols % BLOCK_SIZE == 0
-    if not in_one_run:
         return [_row(fragment, seen, place, span, code.STRIDED.value, dims)]
+
+    dims = [0] * (4 * code.MAX_DIMS)
     if not (_is_aligned(fragment) and seen.aligned):
         return [_row(fragment, seen, place, span, code.ANY.value, dims)]
-    if whole:
+    if layout.cols % BLOCK_SIZE == 0:
         return [_row(fragment, seen, place, span, code.WHOLE.value, dims)]
     if layout.rows == 1:  # all but the last block, which the row's end may cut
         cut = min(fragment.end_block, layout.cols // BLOCK_SIZE)

@@ -161,7 +161,7 @@ def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:
 def _plan_in(cache: dict[str, Any] | None, work: Sequence[AnyWork], device: torch.device) -> Plan:
     plans: list[Plan] = [] if cache is None else cache.setdefault("triton", [])
     plan = next((plan for plan in plans if plan.fits(work)), None)
-    if capturing(device):
+    if capturing():
         if plan is None:
             raise RuntimeError(
                 "a step in a CUDA graph capture that is not like any taken before it; accepted: captures of a step "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Of v, |m|, eps and the step's size, so that roots, quotients and their remainders are normal numbers.
+# Of v and |m|, so that roots and quotients are normal numbers; remainders may be subnormal, and are exact.
 _SMALLEST_V: tl.constexpr = tl.constexpr((127 - 96) << 23)
 _LARGEST_V: tl.constexpr = tl.constexpr((127 + 40) << 23)
 _SMALLEST_M: tl.constexpr = tl.constexpr((127 - 60) << 23)
@@ -57,7 +57,7 @@ def _estimate(x):
 
 @triton.jit
 def divide(x, y, FAST: tl.constexpr):
-    """``x / y``; with ``FAST`` of zeros and of numbers whose quotient and remainder are normal."""
+    """``x / y``; with ``FAST`` of zeros and of numbers whose quotient is normal and whose remainder is exact."""
     if FAST:
         inverse = _estimate(y)
         inverse = tl.fma(inverse, tl.fma(-y, inverse, 1.0), inverse)
