@@ -89,7 +89,7 @@ def _bitsandbytes_or_warning(reason: str | None) -> bool:
     """Whether bitsandbytes' operator can be used on a CUDA device; where it cannot, one warning says why."""
     if reason is not None:
         warnings.warn(
-            f"moments is {FLAT!r}, and steps on CUDA devices take the reference backend, a thousand times slower than "
+            f"moments is {FLAT!r}, and steps on CUDA devices take the reference backend, hundreds of times slower than "
             f"bitsandbytes' operator: {reason}",
             RuntimeWarning,
             stacklevel=2,
