@@ -27,7 +27,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"accelerate", "cli", "deepspeed", "bitsandbytes", "train", "bench", "test", "all"}
+TOOLS = {"accelerate", "bitsandbytes", "deepspeed", "integrations", "lightning", "transformers"}
+EXTRAS = TOOLS | {"cli", "train", "bench", "test", "all"}
 SOURCES = (".py", ".sh", ".cpp", ".h", ".inl")
 MAX_LINES = 500
 
