@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowmem_adam import agreement, compiled, inputs, kernels, local, master, resharding, settings
+from lowmem_adam import agreement, compiled, inputs, kernels, local, master, resharding, settings, zero
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
@@ -99,10 +99,9 @@ class Adam8bit(GradientOptimizer):
     Source: Kingma & Ba 2015 (arXiv 1412.6980).
     """
 
-    _decoupled = False
-
     _stepper: Stepper
     param_groups = compiled.Groups()
+    defaults = zero.Defaults()
 
     def __init__(
         self,
@@ -229,6 +228,7 @@ class Adam8bit(GradientOptimizer):
         self._watch_gradients()
         partition = self._cut()
         if not (self._agreed and self._stepper.repeat(self.param_groups, self.state, partition, self._grad_factor)):
+            self._take_over_written()
             tasks, made = self._checked(partition)
             tasks = self._stepper.begin(tasks, made, self.state, partition)
             self._stepper.update(tasks, partition)

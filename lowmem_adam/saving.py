@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowmem_adam import agreement, foreign, local, resharding, saved_state
+from lowmem_adam import agreement, foreign, local, resharding, saved_state, zero
 from lowmem_adam.layout import Layout
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -18,6 +18,7 @@ from lowmem_adam.state import home_of, master_dtype, new_state, part_of
 class SavedOptimizer(torch.optim.Optimizer):
     """An optimizer whose state is cut into shards, of which there may be only one, and which saves and loads it."""
 
+    _decoupled = False
     _shard_group: Any = None
     _bucket_cap_mb = 64.0
     _offload: str | None = None
@@ -34,6 +35,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
         """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
         if self._partition is None:
+            zero.refuse_shards(self._shard_group)
             self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
         elif self._partition.world.group is None and self._shard_group is not None:
             self._look_for_group_again(self._partition)
@@ -84,17 +86,22 @@ class SavedOptimizer(torch.optim.Optimizer):
         Of a sharded optimizer: called on all ranks, they put the whole state together on rank 0, and the others get
         their own part, which the same rank of as many can load. After ``consolidate_state_dict`` that rank gets the
         whole without the others. Asked by ``torch.distributed.checkpoint``, every rank gets its own part in a form that
-        any number of ranks can load, as ``sharded_state_dict`` returns it.
+        any number of ranks can load, as ``sharded_state_dict`` returns it. Asked by DeepSpeed's ZeRO, moments have the
+        names and types of ``torch.optim.AdamW``'s, see ``zero.for_zero``.
 
         Raises:
             RuntimeError: not all ranks of ``shard_group`` called it within five minutes.
+            ValueError: moments that were written into ``state`` are not accepted, see ``zero.taken_over``.
         """
+        self._take_over_written()
         if asked_by_checkpoint():
             # A load writes into what it gets, so it gets a copy: one that fails in the middle has changed nothing.
             return self._sharded(private=asked_by_checkpoint(for_load=True))
         if not any(self.state.values()):
             return super().state_dict()
         partition = self._cut()
+        if zero.asked_by_zero():
+            return zero.for_zero(super().state_dict())
         if self._consolidated:
             # Settings may have changed since, which takes no step.
             return {**self._consolidated, "param_groups": super().state_dict()["param_groups"]}
@@ -111,6 +118,11 @@ class SavedOptimizer(torch.optim.Optimizer):
             agreement.agree(settings, partition.world)
             return self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, 0))
         return self._packed(resharding.as_shard)
+
+    def _take_over_written(self) -> None:
+        """Code moments that somebody has written into ``state`` in fp32, as DeepSpeed's loaders do."""
+        if self._shard_group is None:
+            self.state.update(zero.taken_over(self.param_groups, self.state, self._decoupled, self._offload))
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
         """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
@@ -252,6 +264,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         try:
             try:
                 saved_state.check_form(given)
+                given = zero.from_zero(given)
                 given = foreign.to_own(given, self.param_groups)
                 partition = self._cut(resharding.has_state(given, self.param_groups))
                 own = resharding.local_state(given, self.param_groups, partition, given_away)

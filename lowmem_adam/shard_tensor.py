@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_adam.callers import called_from
 from lowmem_adam.layout import boxes
 
 _PACKAGE = "torch.distributed.checkpoint"
@@ -134,10 +133,4 @@ def asked_by_checkpoint(for_load: bool = False) -> bool:
     Args:
         for_load: ask whether it is about to load into what it gets.
     """
-    module = f"{_PACKAGE}.state_dict_loader" if for_load else _PACKAGE
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith(module):
-            return True
-        frame = frame.f_back
-    return False
+    return called_from(f"{_PACKAGE}.state_dict_loader" if for_load else _PACKAGE)

@@ -10,6 +10,7 @@ PACKAGE = "lowmem_adam"
 # The package's own __init__.py offers the optimizers, so it stands above them.
 RANKS = {
     "layout": 0,
+    "callers": 0,
     "codec": 1,
     "dynamic_map": 1,
     "kernels": 2,
@@ -38,6 +39,8 @@ RANKS = {
     "in_backward": 5,
     "saved_state": 3,
     "foreign": 3,
+    "decoded": 3,
+    "zero": 3,
     "optimizer": 4,
     "checkpoint": 5,
     "ddp": 5,

@@ -34,7 +34,12 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
         raise ValueError(f"{where}: amsgrad is {saved.get('amsgrad')!r}; accepted: False, there is no AMSGrad variant")
 
 
-def _read_state(state: Mapping[str, Any], shape: Sequence[int], label: str) -> Source:
+def read_state(state: Mapping[str, Any], shape: Sequence[int], label: str) -> Source:
+    """A parameter's state; see ``Format.read_state``.
+
+    Raises:
+        ValueError: missing or surplus tensors, another shape or dtype; AMSGrad's.
+    """
     if "max_exp_avg_sq" in state:
         raise ValueError(f"{label} has max_exp_avg_sq; accepted: state without, there is no AMSGrad variant")
     check_keys(state, ("step", "exp_avg", "exp_avg_sq"), label)
@@ -60,7 +65,7 @@ FORMAT = Format(
     settings=("amsgrad", "foreach", "capturable", "differentiable", "fused"),
     is_ours=_is_ours,
     check_group=_check_group,
-    read_state=_read_state,
+    read_state=read_state,
     defaults=_defaults,
     write_state=_write_state,
 )
