@@ -344,7 +344,9 @@ class Adam8bit(GradientOptimizer):
             taken; ``ranks``: total bytes of every rank, those of others by what they hold of the parameters
             that have state here. State exists from the first step on.
         """
-        parameters = sum(p.numel() for group in self.param_groups for p in group["params"])
+        # ZeRO's stage 3 leaves no parameter in the groups between two steps.
+        held = {p for group in self.param_groups for p in group["params"]} | set(self.state)
+        parameters = sum(p.numel() for p in held)
         kinds = memory_by_kind(list(self.state.values()))
         total = sum(kinds.values())
         return {

@@ -1,0 +1,122 @@
+"""DeepSpeed's real engine on spawned gloo ranks: what a rank does in the tests of the integration."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lowmem_adam import AdamW8bit
+from tests.launching import ROOT
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="needs DeepSpeed, and a C++ compiler, with which it builds its collectives for the CPU",
+)
+
+WIDTH, HIDDEN = 256, 512
+BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
+BF16 = {"bf16": {"enabled": True}}
+BY_NAME = {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-3, "betas": [0.9, 0.99]}}}
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **settings}}
+
+
+def begin(rank: int) -> None:
+    """What DeepSpeed reads from the environment, before it is imported in this process."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "DS_ACCELERATOR": "cpu"}
+    variables |= {"LOCAL_SIZE": dist.get_world_size(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    os.environ["DEEPSPEED_LOG_LEVEL"] = "error"
+
+
+def model() -> torch.nn.Module:
+    """262,912 parameters, so that a half of them still keeps codes."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(WIDTH, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, WIDTH))
+
+
+def two_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices that decay, and vectors that do not."""
+    decayed = [param for param in module.parameters() if param.dim() > 1]
+    others = [param for param in module.parameters() if param.dim() == 1]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def engine_of(config: Mapping[str, Any], client: Mapping[str, Any] | None = None, **settings: Any) -> Any:
+    """An engine, with the optimizer of the config, or with a client optimizer of two groups and these settings."""
+    import deepspeed
+
+    import lowmem_adam.integrations.deepspeed  # noqa: F401 (registers the names)
+
+    module = model()
+    who: dict[str, Any] = {"model_parameters": module.parameters()}
+    if client is not None:
+        who = {"optimizer": AdamW8bit(two_groups(module), lr=1e-3, betas=(0.9, 0.99), **client)}
+    return deepspeed.initialize(model=module, config=copy.deepcopy({**BASE, **config}), **who, **settings)[0]
+
+
+def train(engine: Any, steps: range) -> list[float]:
+    """The losses of these optimizer steps on this rank, each of the first of its batches."""
+    dtype = next(engine.module.parameters()).dtype
+    losses = []
+    for step in steps:
+        for batch in range(engine.gradient_accumulation_steps()):
+            generator = torch.Generator().manual_seed(1000 * step + 10 * batch + dist.get_rank())
+            x = torch.randn(4, WIDTH, generator=generator).to(dtype)
+            loss = (engine(x) - x.roll(1, 1)).float().square().mean()
+            engine.backward(loss)
+            engine.step()
+            losses += [float(loss)] if batch == 0 else []
+    return losses
+
+
+def base_of(engine: Any) -> Any:
+    """The optimizer that steps, below DeepSpeed's own."""
+    return engine.basic_optimizer
+
+
+def digest(engine: Any) -> str:
+    """Of all moments, steps and flat weights that this rank holds."""
+    found = hashlib.sha256()
+    for param, state in base_of(engine).state.items():
+        for key, value in [("param", param), *sorted(state.items())]:
+            found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def masters(engine: Any) -> dict[str, torch.Tensor]:
+    """The fp32 weights that ZeRO holds, put together from all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(param).clone() for name, param in engine.module.named_parameters()}
+
+
+def convert(folder: Path, tag: str) -> str:
+    """Make a universal checkpoint of another with DeepSpeed's own tool; the new tag."""
+    made = f"{tag}_universal"
+    tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(folder / tag), "--output_folder", str(folder / made)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    finished = subprocess.run(
+        [*tool, *folders, *workers], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return made
