@@ -67,7 +67,21 @@ def engine_of(config: Mapping[str, Any], client: Mapping[str, Any] | None = None
     who: dict[str, Any] = {"model_parameters": module.parameters()}
     if client is not None:
         who = {"optimizer": AdamW8bit(two_groups(module), lr=1e-3, betas=(0.9, 0.99), **client)}
-    return deepspeed.initialize(model=module, config=copy.deepcopy({**BASE, **config}), **who, **settings)[0]
+    complete = config if "train_micro_batch_size_per_gpu" in config else {**BASE, **config}
+    return deepspeed.initialize(model=module, config=copy.deepcopy(complete), **who, **settings)[0]
+
+
+def without_the_import(rank: int, folder: Path, config: dict[str, Any]) -> str:
+    """What DeepSpeed says to a name that nobody has registered in this process."""
+    begin(rank)
+    import deepspeed
+
+    module = torch.nn.Linear(8, 8)
+    try:
+        deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+    except AssertionError as error:
+        return str(error)
+    return "no error"
 
 
 def train(engine: Any, steps: range) -> list[float]:
@@ -81,7 +95,7 @@ def train(engine: Any, steps: range) -> list[float]:
             loss = (engine(x) - x.roll(1, 1)).float().square().mean()
             engine.backward(loss)
             engine.step()
-            losses += [float(loss)] if batch == 0 else []
+            losses += [loss.item()] if batch == 0 else []
     return losses
 
 
