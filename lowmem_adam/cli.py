@@ -1,15 +1,17 @@
-"""The command line, ``lowmem-adam``: what is installed here, and what a step would run on."""
+"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what a config does to it."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import torch
 
 import lowmem_adam
+from lowmem_adam.integrations.deepspeed import check_config
 from lowmem_adam.kernels import cpu
 
 try:
@@ -20,11 +22,6 @@ except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
-
-
-@app.callback()
-def _commands() -> None:
-    """Without a callback, typer takes a single command for the whole program."""
 
 
 @app.command()
@@ -65,3 +62,24 @@ def gather() -> dict[str, str | int | list[str] | None]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+@app.command(name="check-config")
+def check_deepspeed_config(
+    file: Annotated[Path, typer.Argument(help="DeepSpeed's config, a JSON file.")],
+    client_optimizer: Annotated[
+        bool,
+        typer.Option("--client-optimizer", help="The script makes the optimizer, and the config does not name it."),
+    ] = False,
+) -> None:
+    """Say what in a DeepSpeed config would refuse the optimizer or step with another; ends with 1 if anything would."""
+    try:
+        findings = check_config(file, client_optimizer=client_optimizer)
+    except (OSError, ValueError) as error:
+        typer.echo(f"lowmem-adam: {error}", err=True)
+        raise typer.Exit(2) from error
+    for finding in findings:
+        typer.echo(f"{file}: {finding}")
+    if findings:
+        raise typer.Exit(1)
+    typer.echo(f"{file}: nothing found that would keep the optimizer from stepping")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,26 @@ def test_info_without_the_library_says_why() -> None:
     assert "isa" not in told
     told = facts(LOWMEM_ADAM_LIBRARY="/nowhere/library.so")
     assert "/nowhere/library.so" in told["reason"]
+
+
+def test_check_config(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    config = {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 1}}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    finished = run("check-config", str(file))
+    assert finished.returncode == 1
+    assert finished.stdout.startswith(f"{file}: zero_allow_untested_optimizer is missing: ")
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout.count("\n") == 1
+    both = run("check-config", str(file), "--client-optimizer")
+    assert both.stdout.count("\n") == 2
+    file.write_text(json.dumps({**config, "zero_allow_untested_optimizer": True}), encoding="utf-8")
+    assert run("check-config", str(file)).returncode == 0
+    for broken, words in ((tmp_path / "none.json", "No such file"), (tmp_path, "directory")):
+        finished = run("check-config", str(broken))
+        assert finished.returncode == 2
+        assert words in finished.stderr
+        assert "Traceback" not in finished.stderr
 
 
 def test_help_and_wrong_options() -> None:

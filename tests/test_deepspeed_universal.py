@@ -54,7 +54,7 @@ def moments(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 def save(rank: int, folder: Path) -> dict[str, Any]:
     begin(rank)
-    found = {}
+    found: dict[str, Any] = {}
     for name, config in CONFIGS.items():
         engine = engine_of(config)
         train(engine, range(SAVED))

@@ -45,7 +45,7 @@ def step(opt: torch.optim.Optimizer, generator: torch.Generator) -> None:
     opt.step()
 
 
-def fresh(opt: torch.optim.Optimizer, kind: type[torch.optim.Optimizer] = AdamW8bit, **settings: Any) -> Any:
+def fresh(opt: torch.optim.Optimizer, kind: Any = AdamW8bit, **settings: Any) -> Any:
     """Another optimizer of copies of the parameters."""
     return kind([torch.nn.Parameter(p.detach().clone()) for p in opt.param_groups[0]["params"]], lr=1e-2, **settings)
 
