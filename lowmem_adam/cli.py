@@ -69,7 +69,7 @@ def check_deepspeed_config(
     file: Annotated[Path, typer.Argument(help="DeepSpeed's config, a JSON file.")],
     client_optimizer: Annotated[
         bool,
-        typer.Option("--client-optimizer", help="The script makes the optimizer, and the config does not name it."),
+        typer.Option("--client-optimizer", help="The script makes the optimizer, not the config."),
     ] = False,
 ) -> None:
     """Say what in a DeepSpeed config would refuse the optimizer or step with another; ends with 1 if anything would."""
