@@ -28,6 +28,9 @@ from lowmem_adam.state import FULL_KEYS, MASTER_KEYS, home_of, keeps_codes
 _FLOAT32_STEPS = 2**24
 """Below it a float32 counts steps exactly, as torch's own optimizers do."""
 
+_APART, _KEPT_APART = "lowmem_adam", ("moments", "format_version")
+"""In a saved group: under which name, and which settings."""
+
 
 def asked_by_zero() -> bool:
     """Whether ZeRO is calling, whose parameters are this rank's partitions alone."""
@@ -71,13 +74,19 @@ class Defaults:
 def for_zero(packed: Mapping[str, Any]) -> dict[str, Any]:
     """A ``state_dict()`` under the names and with the types of torch's AdamW, without a copy of any moment.
 
-    ``step`` is a float32 scalar (float64 from 2^24 on). ``backend`` is left out of the groups: DeepSpeed writes what it
-    loads over the settings of the optimizer, and this one is the machine's.
+    ``step`` is a float32 scalar (float64 from 2^24 on). DeepSpeed writes the groups that it loads over the settings of
+    the optimizer, so ``backend``, which is the machine's, is left out of them, and what decides how moments are kept
+    has a place of its own.
     """
     moments = {key: group["moments"] for group in packed["param_groups"] for key in group["params"]}
-    groups = [{name: value for name, value in group.items() if name != "backend"} for group in packed["param_groups"]]
+    groups = [_apart(group) for group in packed["param_groups"]]
     states = {key: _seen_as_fp32(state, moments[key]) for key, state in packed["state"].items()}
     return {**packed, "state": states, "param_groups": groups}
+
+
+def _apart(group: Mapping[str, Any]) -> dict[str, Any]:
+    others = {name: value for name, value in group.items() if name not in ("backend", *_KEPT_APART)}
+    return {**others, _APART: {name: group[name] for name in _KEPT_APART}}
 
 
 def _seen_as_fp32(state: Mapping[str, Tensor], moments: str) -> dict[str, Tensor]:
@@ -97,11 +106,14 @@ def from_zero(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a step that is no whole number.
     """
-    ours = all("format_version" in group for group in given["param_groups"])
-    if not ours:
+    if not all(isinstance(group.get(_APART), Mapping) for group in given["param_groups"]):
         return dict(given)
+    groups = [
+        {**{name: value for name, value in group.items() if name != _APART}, **group[_APART]}
+        for group in given["param_groups"]
+    ]
     states = {key: _own_state(state, f"state_dict, parameter {key}") for key, state in given["state"].items()}
-    return {**given, "state": states}
+    return {**given, "state": states, "param_groups": groups}
 
 
 def _own_state(state: Any, label: str) -> Any:

@@ -36,6 +36,7 @@ SAVED, END = 3, 6
 PARAMETERS = 262912
 TORCH = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "torch_adam": True}}}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
+MOMENTS_32 = {"type": "AdamW8bit", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "moments": "32bit"}}
 CONFIGS = {
     "ours": {**BY_NAME, **BF16, **zero(1)},
     "torch": {**TORCH, **BF16, **zero(1)},
@@ -91,11 +92,13 @@ def load(rank: int, folder: Path, cases: dict[str, tuple[str, dict[str, Any]]]) 
         written = [weakref.ref(state[key]) for state in optimizer.state.values() for key in FULL_KEYS if key in state]
         assert len(written) == 2
         case = {"loaded": {} if "3" in saved else moments(engine), "masters": masters(engine)}
-        if "torch" not in name.split()[-1] and "3" not in saved:
+        if name in ("ours", "ours to ours"):
             (held,) = [state for state in optimizer.state_dict()["state"].values() if "exp_avg_code" in state]
             case["codes"] = {key: tensor.clone() for key, tensor in held.items()}
         case["rest"] = train(engine, range(SAVED, END))
         case["digest"] = digest(engine)
+        if name != "ours to torch" and "3" not in saved:
+            case["bytes"] = optimizer.memory_report()["bytes_per_parameter"]
         gc.collect()
         case["left"] = sum(reference() is not None for reference in written)
         found[name] = case
@@ -108,6 +111,7 @@ CASES = {
     "ours to ours": ("ours", CONFIGS["ours"]),
     "ours to torch": ("ours", CONFIGS["torch"]),
     "torch to ours": ("torch", CONFIGS["ours"]),
+    "ours to 32 bits": ("ours", {**CONFIGS["ours"], "optimizer": MOMENTS_32}),
     "ours 3 to ours 3": ("ours 3", CONFIGS["ours 3"]),
 }
 
@@ -177,6 +181,13 @@ def test_no_fp32_moments_stay_in_memory(loaded: Any, case: str) -> None:
     """DeepSpeed keeps views of what it wrote until the next step, and no longer."""
     for rank in loaded:
         assert rank[case]["left"] == (2 if case == "ours to torch" else 0)
+
+
+def test_config_decides_how_moments_are_kept(loaded: Any) -> None:
+    """Not the settings in the checkpoint."""
+    for rank in loaded:
+        assert rank["ours to 32 bits"]["bytes"] == pytest.approx(8, abs=0.01)
+        assert rank["ours to ours"]["bytes"] == pytest.approx(2.02, abs=0.01)
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -126,10 +126,15 @@ def test_a_file_holds_codes() -> None:
     assert len(file.getvalue()) < 2.05 * NUMEL + 8 * 100 + 8000
 
 
-def test_backend_stays_with_the_machine() -> None:
-    opt = partitions(backend="reference")
-    assert "backend" not in called_as(ASKED_BY_ZERO, opt.state_dict)["param_groups"][0]
-    assert opt.state_dict()["param_groups"][0]["backend"] == "reference"
+def test_settings_that_are_not_the_checkpoints_to_change() -> None:
+    """DeepSpeed writes all that it finds in the groups of a universal checkpoint over the optimizer's."""
+    opt = partitions(backend="reference", seed=5)
+    other = partitions(moments="32bit")
+    (group,) = called_as(ASKED_BY_ZERO, opt.state_dict)["param_groups"]
+    other.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
+    assert [other.param_groups[0][name] for name in ("moments", "backend", "seed")] == ["32bit", None, 5]
+    with pytest.raises(ValueError, match="moments is '8bit'; accepted: '32bit'"):
+        other.load_state_dict(called_as(ASKED_BY_ZERO, opt.state_dict))
 
 
 def test_a_decoded_moment_is_read_only() -> None:
