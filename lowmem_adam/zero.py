@@ -138,7 +138,7 @@ def taken_over(
 ) -> dict[Tensor, dict[str, Tensor]]:
     """State of our own, made of fp32 moments that somebody has written into ``state``; nothing changes.
 
-    It is told by its step, which is no int64 scalar, or by moments in fp32 where there are to be codes.
+    That is ``exp_avg`` where there are to be codes, or beside a step that is no int64 scalar.
 
     Args:
         groups: param groups.
@@ -164,10 +164,11 @@ def taken_over(
 
 
 def _is_written(state: Mapping[str, Any], param: Tensor, moments: str) -> bool:
+    if "exp_avg" not in state:
+        return False
     step = state.get("step")
-    if not isinstance(step, Tensor) or step.dtype != torch.int64:
-        return True
-    return moments == "8bit" and "exp_avg" in state and keeps_codes(param.shape, moments)
+    of_others = not isinstance(step, Tensor) or step.dtype != torch.int64
+    return of_others or (moments == "8bit" and keeps_codes(param.shape, moments))
 
 
 def _check_group(group: Mapping[str, Any], decoupled: bool, label: str) -> None:
