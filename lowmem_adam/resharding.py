@@ -38,6 +38,19 @@ def shard_key(rank: int, world_size: int) -> str:
 # ---------------------------------------------------------------- out
 
 
+def check_targets(to: int | Sequence[int], ranks: int) -> list[int]:
+    """The ranks that get the whole.
+
+    Raises:
+        ValueError: not a rank, or not some, each once.
+    """
+    targets = [to] if isinstance(to, int) else list(to) if isinstance(to, Sequence) else []
+    known = all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < ranks for rank in targets)
+    if not targets or not known or len(set(targets)) < len(targets):
+        raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}, one or several")
+    return targets
+
+
 def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition: Partition) -> dict[str, Any]:
     """A rank's own state_dict in form *shard*.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -110,7 +110,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         if self._consolidated is None:
             accepted = (
                 "a call on all ranks of shard_group, or consolidate_state_dict(to=rank) on all of them and then "
-                "state_dict() on that rank"
+                "state_dict() on that rank, as lowmem_adam.integrations.transformers.ConsolidateState does it, a "
+                "callback for transformers' Trainer"
             )
             lines = agreement.describe(self.param_groups, partition, self._steps_of)
             agreement.meet(lines, partition.world, "state_dict()", accepted)
@@ -124,13 +125,14 @@ class SavedOptimizer(torch.optim.Optimizer):
         if self._shard_group is None:
             self.state.update(zero.taken_over(self.param_groups, self.state, self._decoupled, self._offload))
 
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+    def consolidate_state_dict(self, to: int | Sequence[int] = 0) -> dict[str, Any] | None:
         """Put the whole state together on one rank, on the CPU; a collective of ``shard_group``.
 
         For those who call ``state_dict()`` on one rank only: it returns this state there, until the next step.
 
         Args:
-            to: rank in ``shard_group``; where parameters are DTensors, in the default process group.
+            to: rank in ``shard_group``; where parameters are DTensors, in the default process group. Or several, such
+                as one of each machine; they get it one after the other.
 
         Returns:
             The whole state on rank ``to``, as an optimizer without shards has it; None on others. On every rank its
@@ -142,18 +144,26 @@ class SavedOptimizer(torch.optim.Optimizer):
         world = self._cut().world
         spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
         ranks = torch.distributed.get_world_size() if spread else world.size
-        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
-            raise ValueError(f"to is {to!r}; accepted: ranks from 0 below {ranks}")
-        if world.size == 1:
-            if not spread:
-                return super().state_dict()
-            gathered = resharding.gathered(super().state_dict(), to)
-            self._consolidated = gathered or {}
-            return gathered
-        packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
-        whole = packed if world.rank == to else None
+        targets = resharding.check_targets(to, ranks)
+        if world.size == 1 and not spread:
+            return super().state_dict()
+        whole = None
+        for target in targets:
+            whole = self._gathered(world, target) or whole
         self._consolidated = whole or {}
         return whole
+
+    def _gathered(self, world: World, to: int) -> dict[str, Any] | None:
+        """The whole state on one rank, None on others."""
+        if world.size == 1:
+            return resharding.gathered(super().state_dict(), to)
+        packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
+        return packed if world.rank == to else None
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether ``consolidate_state_dict`` has been called since the last step, so that the next save is ready."""
+        return self._consolidated is not None
 
     def _forget_consolidated(self) -> None:
         """Drop what ``consolidate_state_dict`` keeps for the next ``state_dict()``."""
