@@ -34,6 +34,7 @@ from tests.shard_jobs import (
     foreign,
     group_of,
     held,
+    in_order,
     newer,
     outcome,
     raised,
@@ -113,6 +114,27 @@ def consolidate_job(rank: int, folder: Path) -> Any:
     if rank == 0:
         assert_same_bits(whole, straight().state_dict())
     return sorted(whole)
+
+
+def several_job(rank: int, folder: Path) -> Any:
+    """Every rank that is named gets the whole, in whatever order; what is no rank is refused before any is sent."""
+    opt = small("world")
+    take(opt, range(SAVED))
+    alone = small(None)
+    take(alone, range(SAVED))
+    refused: list[Any] = [2, -1, True, 0.0, None, [], [0, 2], [1, 1], [0, True], "01"]
+    for to in refused:
+        with pytest.raises(ValueError, match=r"to is .*; accepted: ranks from 0 below 2, one or several"):
+            opt.consolidate_state_dict(to=to)
+        assert not opt.consolidated
+    for to in ([1, 0], (0, 1)):
+        assert_same_bits(in_order(opt.consolidate_state_dict(to=to) or {}), in_order(alone.state_dict()))
+        assert opt.consolidated
+        assert_same_bits(opt.state_dict(), alone.state_dict())
+    assert (opt.consolidate_state_dict(to=[1]) is None) == (rank == 0)
+    take(opt, range(SAVED, END))
+    assert not opt.consolidated
+    assert_equal_runs(opt, straight())
 
 
 def dropped_job(rank: int, folder: Path) -> Any:
@@ -370,6 +392,7 @@ JOBS: tuple[Job, ...] = (
     prepare_job,
     own_part_job,
     consolidate_job,
+    several_job,
     dropped_job,
     consolidate_then_all_job,
     stateful_job,
@@ -406,6 +429,10 @@ def test_every_rank_can_load_the_part_that_it_saved(pair: Outcomes) -> None:
 
 def test_state_put_together_for_one_rank_is_there_until_the_next_step(pair: Outcomes) -> None:
     assert outcome(pair, consolidate_job) == [["param_groups", "state"], ["param_groups", "shard_1_of_2", "state"]]
+
+
+def test_state_is_put_together_on_several_ranks(pair: Outcomes) -> None:
+    outcome(pair, several_job)
 
 
 def test_all_ranks_may_ask_after_one_has_taken_what_was_put_together_for_it(pair: Outcomes) -> None:

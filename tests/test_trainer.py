@@ -103,7 +103,7 @@ def two_to_one_job(rank: int, folder: Path) -> Any:
 # ---------------------------------------------------------------- every way to a save
 
 
-class AsksForSave(transformers.TrainerCallback):  # type: ignore[misc]
+class AsksForSave(transformers.TrainerCallback):
     """A user's own reason to save."""
 
     def __init__(self, step: int, ranks: Sequence[int] = (0, 1)) -> None:
@@ -114,7 +114,7 @@ class AsksForSave(transformers.TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
 
-class WorseSinceThen(transformers.TrainerCallback):  # type: ignore[misc]
+class WorseSinceThen(transformers.TrainerCallback):
     """Makes the second of three evaluations the best."""
 
     def __init__(self) -> None:

@@ -28,7 +28,11 @@ def one_of(rank: int, local_rank: int | None = None) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     world = dist.get_world_size()
-    variables = {"RANK": rank, "LOCAL_RANK": rank if local_rank is None else local_rank, "WORLD_SIZE": world}
+    variables: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank if local_rank is None else local_rank,
+        "WORLD_SIZE": world,
+    }
     variables |= {"LOCAL_WORLD_SIZE": world if local_rank is None else 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     variables |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
     os.environ |= {name: str(value) for name, value in variables.items()}
@@ -61,7 +65,7 @@ def examples() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
+class Recorder(transformers.TrainerCallback):
     """Losses and gradient norms as they are logged, to the last bit."""
 
     def __init__(self) -> None:
@@ -123,7 +127,7 @@ def run(trainer: transformers.Trainer, resume: Path | None = None) -> dict[str, 
     return {"steps": recorder.steps, "params": params, "state": own.consolidate_state_dict()}
 
 
-class Loaded(transformers.TrainerCallback):  # type: ignore[misc]
+class Loaded(transformers.TrainerCallback):
     """The whole state of the optimizer when training begins, which is what a checkpoint has brought."""
 
     state: Any = None
