@@ -38,17 +38,19 @@ def one_of(rank: int, local_rank: int | None = None) -> None:
     os.environ |= {name: str(value) for name, value in variables.items()}
 
 
-def model_of(seed: int, dropout: float = 0.0) -> transformers.LlamaForCausalLM:
+def model_of(
+    seed: int, dropout: float = 0.0, vocabulary: int = VOCABULARY, length: int = LENGTH
+) -> transformers.LlamaForCausalLM:
     """Two groups for Trainer, and both kinds of moments: coded and, of its norms, fp32."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         attention_dropout=dropout,
         tie_word_embeddings=False,
         use_cache=False,
