@@ -39,13 +39,13 @@ def one_of(rank: int, local_rank: int | None = None) -> None:
 
 
 def model_of(
-    seed: int, dropout: float = 0.0, vocabulary: int = VOCABULARY, length: int = LENGTH
+    seed: int, dropout: float = 0.0, vocabulary: int = VOCABULARY, length: int = LENGTH, width: int = 64
 ) -> transformers.LlamaForCausalLM:
     """Two groups for Trainer, and both kinds of moments: coded and, of its norms, fp32."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -71,11 +71,11 @@ class Recorder(transformers.TrainerCallback):
     """Losses and gradient norms as they are logged, to the last bit."""
 
     def __init__(self) -> None:
-        self.steps: dict[int, tuple[float, ...]] = {}
+        self.steps: dict[int, tuple[float | None, ...]] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
-            self.steps[state.global_step] = (logs["loss"], logs["grad_norm"], logs["learning_rate"])
+            self.steps[state.global_step] = (logs["loss"], logs.get("grad_norm"), logs["learning_rate"])
 
 
 def trainer_of(
@@ -84,6 +84,7 @@ def trainer_of(
     *,
     seed: int = 0,
     dropout: float = 0.0,
+    width: int = 64,
     optimizer: tuple[Any, dict[str, Any]] | None = None,
     callbacks: Sequence[transformers.TrainerCallback] | None = None,
     **arguments: Any,
@@ -105,16 +106,16 @@ def trainer_of(
     args = transformers.TrainingArguments(
         output_dir=str(output_dir), use_cpu=True, report_to=[], disable_tqdm=True, **{**defaults, **arguments}
     )
-    # What belongs to all of its runs is said once; the rest is a user's one line.
-    chosen = with_arguments(args, shard_group=shard_group, bucket_cap_mb=SMALL_BUCKET)
+    if optimizer is None:
+        optimizer = with_arguments(args, shard_group=shard_group, bucket_cap_mb=SMALL_BUCKET)
     data = examples()
     return transformers.Trainer(
-        model=model_of(seed, dropout),
+        model=model_of(seed, dropout, width=width),
         args=args,
         train_dataset=data,
         eval_dataset=data[:4],
         callbacks=[ConsolidateState()] if callbacks is None else list(callbacks),
-        optimizer_cls_and_kwargs=chosen if optimizer is None else optimizer,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 

@@ -7,6 +7,7 @@ Importing this module imports transformers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -32,8 +33,15 @@ def with_arguments(
         keywords: more of the optimizer's arguments; they come before those of ``args``.
 
     Raises:
-        ValueError: ``weight_decay`` among the keywords, which Trainer's param groups would override.
+        ValueError: ``weight_decay`` among the keywords, which Trainer's param groups would override; a DeepSpeed config
+            with an ``optimizer`` block, beside which Trainer ignores ``optimizer_cls_and_kwargs``.
     """
+    block = _deepspeed_config(args).get("optimizer")
+    if block is not None:
+        raise ValueError(
+            f"the DeepSpeed config has optimizer {block!r}, with which Trainer steps instead; accepted: a config "
+            "without that block, or AdamW8bit by name there and no optimizer_cls_and_kwargs"
+        )
     if "weight_decay" in keywords:
         raise ValueError(
             f"weight_decay is {keywords['weight_decay']!r}, which Trainer's param groups override; accepted: "
@@ -43,14 +51,20 @@ def with_arguments(
     return optimizer, {**own, **keywords}
 
 
+def _deepspeed_config(args: Any) -> Mapping[str, Any]:
+    """The config that Trainer goes by, its own or accelerate's; an empty one without DeepSpeed."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return {} if plugin is None else plugin.hf_ds_config.config
+
+
 class ConsolidateState(TrainerCallback):  # type: ignore[misc]
     """Has moments that ranks share put together before a Trainer saves them: ``callbacks=[ConsolidateState()]``.
 
     Trainer asks the saving rank alone for ``optimizer.state_dict()``. Once it is known that a save comes, after a step,
     at the end of an epoch or, with ``save_strategy="best"``, after an evaluation, all ranks send their parts to the
-    ranks that save. Where a callback behind this one asks for a save, the others join the one that saves after
-    it has written the model. An optimizer that shares nothing is left alone, and so is one of DeepSpeed or FSDP, which
-    save on all ranks.
+    ranks that save. Where a callback behind this one asks for a save, the others join the one that saves after it has
+    written the model. An optimizer that shares nothing is left alone, and so are those of DeepSpeed's ZeRO and of FSDP,
+    which save on all ranks.
 
     It also warns of a training that goes on from a checkpoint in which Trainer has found no state of the optimizer.
     """
