@@ -64,7 +64,8 @@ def losses(output_dir: Path) -> dict[int, Any]:
 
 
 @NEEDS_GLOO
-@pytest.mark.parametrize("name", ["trainer_lm", pytest.param("sft_lm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer_lm", "sft_lm"])
 def test_an_example_runs_on_two_processes_and_goes_on_on_one(name: str, tmp_path: Path) -> None:
     """One process takes two batches where two took one each: the same sums of two gradients, so the same bits."""
     if name == "sft_lm":
@@ -90,9 +91,16 @@ def test_an_example_runs_on_two_processes_and_goes_on_on_one(name: str, tmp_path
     )
     assert one.returncode == 0, one.stderr
     assert f"{END} steps of AdamW8bit on 1 process(es)" in one.stdout
-    # The checkpoint brings what was logged before it, so that all is compared.
+    # The checkpoint brings what was logged before it, so that all is compared; each step is logged for itself.
     assert losses(resumed) == losses(straight)
     assert losses(straight).keys() == {-1, *range(1, END + 1)}
+
+
+@pytest.mark.parametrize("name", ["trainer_lm", "sft_lm"])
+def test_the_readme_and_the_page_have_the_command(name: str) -> None:
+    command = f"accelerate launch --config_file launch/configs/cpu_2.yaml launch/{name}.py"
+    for page in ("README.md", "docs/trainer.md"):
+        assert f"ACCELERATE_USE_CPU=true {command}" in (LAUNCH.parent / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from lowmem_adam import AdamW8bit
 from lowmem_adam.integrations.transformers import ConsolidateState, with_arguments
-from tests.cases import copied
-from tests.shard_jobs import SMALL_BUCKET
+from tests.cases import assert_same_bits, copied
+from tests.shard_jobs import SMALL_BUCKET, in_order
 
 VOCABULARY, LENGTH, EXAMPLES = 64, 16, 40
 SAVED, END = 3, 6
 """Steps before the save, and in all."""
+
+CHECKPOINT = f"checkpoint-{SAVED}"
 
 
 def one_of(rank: int, local_rank: int | None = None) -> None:
@@ -149,3 +151,17 @@ def ours_of(trainer: transformers.Trainer) -> AdamW8bit:
 def saved_state(checkpoint: Path) -> dict[str, Any]:
     """What the Trainer wrote of an optimizer."""
     return torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
+def after_save(found: dict[str, Any]) -> dict[int, Any]:
+    """Losses, gradient norms and learning rates of the steps behind the save."""
+    return {step: logged for step, logged in found["steps"].items() if step > SAVED}
+
+
+def assert_went_on(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
+    """A resumed run is the uninterrupted one, in every bit of losses, parameters and state."""
+    assert resumed["steps"] == after_save(straight)
+    assert_same_bits(resumed["params"], straight["params"])
+    assert (resumed["state"] is None) == (straight["state"] is None)
+    if resumed["state"] is not None:
+        assert_same_bits(in_order(resumed["state"]), in_order(straight["state"]))
