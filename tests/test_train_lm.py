@@ -17,14 +17,22 @@ pytest.importorskip("accelerate", reason="the training job runs under accelerate
 pytest.importorskip("transformers", reason="the training job takes its model from transformers")
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_adam import kernels
 from tests.launching import accelerate_launch
 
-from tests.lm_cases import LAUNCH, OURS_AND_TORCH, tiny_settings, write_text  # isort: skip  (puts launch/ on the path)
+from tests.lm_cases import (  # isort: skip  (puts launch/ on the path)
+    LAUNCH,
+    OURS_AND_TORCH,
+    assert_same_checkpoint,
+    forget_accelerate,
+    tiny_options,
+    tiny_settings,
+    without_times,
+    write_text,
+)
 
 import compare_runs
 import lm_training
@@ -46,37 +54,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_accelerate()
     yield
     forget_accelerate()
-
-
-def forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def tiny_options(output_dir: Path, text: Path, **changes: str) -> list[str]:
-    """The same run for the command line."""
-    settings = tiny_settings(output_dir, text)
-    names = [
-        "output_dir",
-        "validation_every",
-        "steps",
-        "warmup_steps",
-        "lr",
-        "batch_size",
-        "seq_len",
-        "hidden_size",
-        "intermediate_size",
-        "layers",
-        "heads",
-        "eval_every",
-        "eval_windows",
-    ]
-    values = {name: str(getattr(settings, name)) for name in names} | {"data": str(text)} | changes
-    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not name.endswith("_ms")}
 
 
 # Runs
@@ -148,27 +125,6 @@ def test_resumed_run_is_the_same_run_bit_for_bit(
     got = [without_times(record) for record in reporting.read_metrics(resumed / reporting.METRICS_FILE)]
     assert got == expected
     assert_same_checkpoint(whole, resumed)
-
-
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    last = Path("checkpoints") / "step-000008"
-    assert (one / last / "model.safetensors").read_bytes() == (other / last / "model.safetensors").read_bytes()
-    assert_same_tree(*(torch.load(folder / last / "optimizer.bin", weights_only=True) for folder in (one, other)))
-
-
-def assert_same_tree(expected: Any, got: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, got)
-    elif isinstance(expected, dict):
-        assert expected.keys() == got.keys()
-        for key in expected:
-            assert_same_tree(expected[key], got[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(expected) == len(got)
-        for one, other in zip(expected, got, strict=True):
-            assert_same_tree(one, other)
-    else:
-        assert expected == got
 
 
 def test_resume_goes_on_in_the_same_log(text: Path, tmp_path: Path) -> None:
