@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowmem_adam import agreement, foreign, local, resharding, saved_state
+from lowmem_adam import agreement, foreign, local, resharding, saved_state, wrapped
 from lowmem_adam.layout import Layout
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -28,6 +28,10 @@ class SavedOptimizer(torch.optim.Optimizer):
     """Whether ranks have compared what they hold since it last changed from outside."""
     _consolidated: dict[str, Any] | None = None
     """What ``consolidate_state_dict`` made, for the next ``state_dict()``: a whole on one rank, {} on others."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        wrapped.ask_the_optimizer(cls)
 
     # ---------------------------------------------------------------- who holds what
 
@@ -126,6 +130,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: there is no such rank.
+            RuntimeError: not all ranks of ``shard_group`` called it, with the same rank, within five minutes.
         """
         world = self._cut().world
         spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
@@ -138,6 +143,8 @@ class SavedOptimizer(torch.optim.Optimizer):
             gathered = resharding.gathered(super().state_dict(), to)
             self._consolidated = gathered or {}
             return gathered
+        lines = [*agreement.describe(self.param_groups, self._cut(), self._steps_of), f"consolidated on rank {to}"]
+        agreement.meet(lines, world, f"consolidate_state_dict(to={to})", "this call on all ranks of shard_group")
         packed = self._packed(lambda packed, params, partition: self._whole_or_shard(packed, params, partition, to))
         whole = packed if world.rank == to else None
         self._consolidated = whole or {}

@@ -178,6 +178,73 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
     assert rates[0] == rates[1]
 
 
+def test_total_batch_is_shared_out_by_accumulation(text: Path, tmp_path: Path) -> None:
+    run_training(tiny_settings(tmp_path / "total", text, steps=2, batch_size=2, total_batch_size=6))
+    forget_accelerate()
+    run_training(tiny_settings(tmp_path / "told", text, steps=2, batch_size=2, gradient_accumulation_steps=3))
+    total, told = (
+        [without_times(record) for record in reporting.read_metrics(tmp_path / run / reporting.METRICS_FILE)]
+        for run in ("total", "told")
+    )
+    assert total == told
+    settings = tiny_settings(tmp_path, text, batch_size=2, total_batch_size=12)
+    assert [settings.on(world).gradient_accumulation_steps for world in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ValueError, match=r"accepted with a batch_size of 2 and 4 processes: multiples of 8"):
+        settings.on(4)
+    with pytest.raises(ValueError, match="do not go together"):
+        replace(settings, gradient_accumulation_steps=2).on(1)
+    with pytest.raises(ValueError, match="total_batch_size must be a finite number of at least 1, got 0"):
+        replace(settings, total_batch_size=0)
+
+
+def test_another_total_batch_is_another_run(finished_runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    saved = finished_runs["torch"] / "checkpoints" / "step-000004"
+    with pytest.raises(ValueError, match=r"another run \(total_batch_size: 4 there, 8 here\)$"):
+        run_training(tiny_settings(tmp_path, text, optimizer="torch", total_batch_size=8, resume=saved))
+    forget_accelerate()
+    summary = run_training(
+        tiny_settings(tmp_path, text, optimizer="torch", batch_size=2, total_batch_size=4, resume=saved)
+    )
+    whole = json.loads((finished_runs["torch"] / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
+    # The same windows, but sums over them in another order; a run with other windows ends far off.
+    assert summary["final_val_loss"] == pytest.approx(whole["final_val_loss"], rel=1e-4)
+
+
+def test_latest_checkpoint_is_found_or_there_is_none(text: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "saved"
+    options = [
+        *tiny_options(tmp_path, text, optimizer="torch", steps="6", checkpoint_dir=str(checkpoints)),
+        *("--checkpoint-every", "3", "--resume-latest"),
+    ]
+    first = CliRunner().invoke(train_lm.app, options)
+    assert first.exit_code == 0
+    assert f"--resume-latest: no checkpoint in {checkpoints}, starting at step 0" in first.stdout
+    log = [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)]
+    # Started again when it is finished, as a launcher does that does not know, it has nothing to do.
+    forget_accelerate()
+    again = CliRunner().invoke(train_lm.app, options)
+    assert again.exit_code == 0
+    assert "step-000006 is at step 6 of 6: nothing left" in again.stderr
+    forget_accelerate()
+    asked = CliRunner().invoke(train_lm.app, [*options[:-1], "--resume", str(checkpoints)])
+    assert asked.exit_code == 2
+    assert "nothing left" in asked.stderr
+    (checkpoints / "step-000006" / "training.json").unlink()  # as if interrupted while writing it
+    forget_accelerate()
+    interrupted = CliRunner().invoke(train_lm.app, options)
+    assert interrupted.exit_code == 0
+    assert f"passing over {checkpoints / 'step-000006'}, the saving of which was interrupted" in interrupted.stdout
+    assert f"resumed from {checkpoints / 'step-000003'} at step 3" in interrupted.stdout
+    assert log == [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)]
+
+
+def test_latest_checkpoint_is_looked_for_in_one_place(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume_latest goes with a checkpoint_dir"):
+        tiny_settings(tmp_path, text, resume_latest=True)
+    with pytest.raises(ValueError, match="without resume"):
+        tiny_settings(tmp_path, text, resume_latest=True, checkpoint_dir=tmp_path, resume=tmp_path)
+
+
 def test_pure_bf16_and_mixed_precision_run(text: Path, tmp_path: Path) -> None:
     pure = run_training(tiny_settings(tmp_path / "pure", text, steps=4, optimizer="adamw8bit", param_dtype="bfloat16"))
     forget_accelerate()
@@ -346,7 +413,8 @@ def test_sharded_checkpoint_of_another_world_size_is_refused(
 ) -> None:
     # Not for the shards: as many ranks with the same batch each would read other windows.
     settings = tiny_settings(tmp_path, text, batch_size=2, shard=True, resume=two_processes["--shard"] / "checkpoints")
-    with pytest.raises(ValueError, match=r"another run \(world_size: 2 there, 1 here\)"):
+    words = r"another run \(world_size: 2 there, 1 here\); --total-batch-size lets any number of processes go on"
+    with pytest.raises(ValueError, match=words):
         run_training(settings)
 
 
