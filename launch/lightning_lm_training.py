@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from lm_settings import TrainingSettings
 from lm_training import language_model_loss, weights_digest
 from processes import settle
 from schedules import warmup_cosine
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lowmem_adam import AdamW8bit
 
@@ -33,6 +33,19 @@ class Windows(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.sampler.batch, itertools.count(self.first_step))
+
+
+class Held(Dataset[Batch]):
+    """Batches that are there already."""
+
+    def __init__(self, batches: Sequence[Batch]):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
 
 
 class LanguageModel(lightning.LightningModule):
@@ -87,7 +100,7 @@ class LanguageModel(lightning.LightningModule):
         firsts = range(0, len(mine), self.settings.batch_size)
         cuts = [mine[first : first + self.settings.batch_size] for first in firsts]
         batches = [cut_windows(self.corpus.validation, cut, self.settings.seq_len) for cut in cuts]
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(Held(batches), batch_size=None)
 
     def on_train_start(self) -> None:
         self.metrics = reporting.MetricsLog(

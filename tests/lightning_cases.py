@@ -38,7 +38,7 @@ class Model(lightning.LightningModule):
         self.losses: list[float] = []
 
     def configure_optimizers(self) -> dict[str, Any]:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters() if p.ndim > 1]},
             {"params": [p for p in self.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ]
@@ -47,7 +47,7 @@ class Model(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, inputs: Tensor, _: int) -> Tensor:
-        inputs = inputs.to(self.net[0].weight.dtype)
+        inputs = inputs.to(next(self.parameters()).dtype)
         loss = (self.net(inputs).float() - inputs.float()).square().mean()
         self.losses.append(float(loss))
         return loss
@@ -88,4 +88,4 @@ def fit(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and folders
-        trainer.fit(model, DataLoader(batches, batch_size=None), **keywords)  # type: ignore[arg-type]
+        trainer.fit(model, DataLoader(list(batches), batch_size=None), **keywords)

@@ -317,7 +317,7 @@ def test_saved_on_two_ranks_resumed_on_one(two_ranks: tuple[Path, list[dict[str,
     state = torch.load(saved / "epoch-0.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     model = Model(shard_group="world")
     restored: list[Any] = []
-    model.on_train_start = lambda: restored.append(everything(own(model)))  # type: ignore[method-assign]
+    model.on_train_start = lambda: restored.append(everything(own(model)))
     # Twice as many batches of one rank are one batch of two.
     dealt = [batch(rank, index) for pair in range(STEPS) for rank in (0, 1) for index in (2 * pair, 2 * pair + 1)]
     trainer = trainer_of(accumulate_grad_batches=2 * ACCUMULATED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ pytest.importorskip("accelerate", reason="the training job runs under accelerate
 pytest.importorskip("transformers", reason="the training job takes its model from transformers")
 
 import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
 from tests.launching import free_port, kill_tree, torchrun, wait_until
 
@@ -29,6 +33,7 @@ from tests.lm_cases import (  # isort: skip  (puts launch/ on the path)
 )
 
 import reporting
+import train_lm
 from lm_checkpoint import CHECKPOINT_MARKER, complete_checkpoints
 from lm_training import prepare_job, run_job
 
@@ -137,3 +142,20 @@ def test_state_that_two_saved_is_what_one_goes_on_with(
     expected = [without_times(record) for record in log if record["step"] > step]
     assert [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)] == expected
     forget_accelerate()
+
+
+def test_commands_of_the_page_are_ones_that_the_launchers_and_the_job_take() -> None:
+    page = (LAUNCH / "multi_node.md").read_text(encoding="utf-8")
+    blocks = [
+        " ".join(block.replace("\\\n", " ").split()) for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    ]
+    elastic = next(block for block in blocks if "torchrun --nnodes" in block)
+    told = get_args_parser().parse_args(shlex.split(elastic[elastic.index("torchrun") :])[1:])
+    assert (told.nnodes, told.rdzv_backend) == ("1:2", "c10d")
+    fixed = next(block for block in blocks if "accelerate launch --config_file" in block)
+    chosen = launch_command_parser().parse_args(shlex.split(fixed)[2:])
+    assert told.training_script == chosen.training_script == "launch/train_lm.py"
+    assert told.training_script_args == chosen.training_script_args
+    accepted = {name for parameter in get_command(train_lm.app).params for name in parameter.opts}
+    assert {word for word in told.training_script_args if word.startswith("--")} <= accepted
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in elastic

@@ -8,6 +8,7 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import lm_training
 import reporting
 import train_lm
 from accelerate import Accelerator
+from lm_job import start_accelerator
 from lm_training import run_training
 
 
@@ -252,6 +254,11 @@ def test_pure_bf16_and_mixed_precision_run(text: Path, tmp_path: Path) -> None:
     assert pure["precision"] == "no"
     assert mixed["precision"] == "bf16"
     assert pure["final_val_loss"] == pytest.approx(mixed["final_val_loss"], rel=0.1)
+
+
+def test_collectives_are_waited_for_no_longer_than_asked(text: Path, tmp_path: Path) -> None:
+    accelerator = start_accelerator(tiny_settings(tmp_path, text, collective_timeout=20.0))
+    assert accelerator.init_handler.timeout == timedelta(seconds=20)
 
 
 # Runs that fail
