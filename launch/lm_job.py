@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from lm_data import VOCABULARY_SIZE, Corpus, WindowSampler, load_corpus, validation_starts
 from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_choice
 from optimizers import OptimizerSettings, build_optimizer
@@ -65,11 +66,15 @@ class Job:
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
     """Join the other processes and say how many there are."""
+    patience = InitProcessGroupKwargs(
+        timeout=None if settings.collective_timeout is None else timedelta(seconds=settings.collective_timeout)
+    )
     accelerator = Accelerator(
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Otherwise one scheduler step counts for as many as there are processes.
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[patience],
     )
     accelerator.print(
         f"world size: {accelerator.num_processes} on {accelerator.device.type} "
@@ -91,6 +96,18 @@ def check_launch(settings: TrainingSettings, accelerator: Accelerator) -> None:
         kind = accelerator.distributed_type.value
         raise ValueError(f"this job runs on one process or under plain data parallelism, the launcher asked for {kind}")
     check_choice("the launcher's mixed_precision", accelerator.mixed_precision, PRECISIONS)
+
+
+def fit_batches(settings: TrainingSettings, accelerator: Accelerator) -> TrainingSettings:
+    """The settings with the accumulation that gives the total batch on as many processes as there are."""
+    fitted = settings.on(accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
+    if settings.total_batch_size is not None:
+        accelerator.print(
+            f"total batch: {settings.total_batch_size} windows a step, by {accelerator.num_processes} processes in "
+            f"{fitted.gradient_accumulation_steps} micro-batches of {settings.batch_size} each"
+        )
+    return fitted
 
 
 def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ IMMATERIAL = frozenset(
         "checkpoint_dir",
         "checkpoint_every",
         "resume",
-        # Compared by what they lead to: the text itself, the world size, the precision in use.
+        "resume_latest",
+        "collective_timeout",
+        # Compared by what they lead to: the text itself, the world size, the precision in use, the batches.
         "data",
         "expect_world_size",
         "precision",
+        "total_batch_size",
         # Any number of shards gives the same bits, on the host or not, and a checkpoint holds the whole state.
         "shard",
         "offload",
@@ -53,6 +56,8 @@ class TrainingSettings:
     final_lr_fraction: float = 0.1
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    # Windows an optimizer step over all processes: the accumulation follows from it and from the world size.
+    total_batch_size: int | None = None
     clip: float = 1.0
     # None: what the launcher configured.
     precision: str | None = None
@@ -70,7 +75,10 @@ class TrainingSettings:
     checkpoint_dir: Path | None = None
     checkpoint_every: int = 0
     resume: Path | None = None
+    resume_latest: bool = False
     expect_world_size: int | None = None
+    # Seconds; None: what torch takes.
+    collective_timeout: float | None = None
 
     def __post_init__(self) -> None:
         check_optimizer_name(self.optimizer)
@@ -99,6 +107,36 @@ class TrainingSettings:
             raise ValueError(f"final_lr_fraction must lie in 0..1, got {self.final_lr_fraction}")
         if self.checkpoint_every and self.checkpoint_dir is None:
             raise ValueError(f"checkpoint_every={self.checkpoint_every} needs a checkpoint_dir")
+        if self.resume_latest and (self.checkpoint_dir is None or self.resume is not None):
+            raise ValueError(
+                f"resume_latest goes with a checkpoint_dir, in which it looks, and without resume; got "
+                f"checkpoint_dir={self.checkpoint_dir}, resume={self.resume}"
+            )
+        if self.collective_timeout is not None:
+            _check_at_least("collective_timeout", self.collective_timeout, 1)
+        if self.total_batch_size is not None:
+            _check_at_least("total_batch_size", self.total_batch_size, 1)
+
+    def on(self, world_size: int) -> TrainingSettings:
+        """These settings with the accumulation that gives the total batch, where one was asked for.
+
+        Raises:
+            ValueError: it is no multiple of what these processes read at once, or an accumulation was asked for, too.
+        """
+        if self.total_batch_size is None:
+            return self
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} and "
+                f"total_batch_size={self.total_batch_size} do not go together: the one follows from the other"
+            )
+        accumulation, rest = divmod(self.total_batch_size, self.batch_size * world_size)
+        if rest:
+            raise ValueError(
+                f"total_batch_size is {self.total_batch_size}; accepted with a batch_size of {self.batch_size} and "
+                f"{world_size} processes: multiples of {self.batch_size * world_size}"
+            )
+        return replace(self, gradient_accumulation_steps=accumulation)
 
     def as_json(self) -> dict[str, Any]:
         """The settings in JSON's types."""

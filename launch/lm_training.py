@@ -15,9 +15,9 @@ import reporting
 import torch
 import transformers
 from accelerate.utils import gather_object
-from lm_checkpoint import load_checkpoint, save_checkpoint
+from lm_checkpoint import resume, save_checkpoint
 from lm_data import cut_windows
-from lm_job import Job, build_job, check_launch, start_accelerator
+from lm_job import Job, build_job, check_launch, fit_batches, start_accelerator
 from lm_settings import TrainingSettings
 from processes import leave
 from torch.nn import functional
@@ -38,9 +38,9 @@ def prepare_job(settings: TrainingSettings) -> Job:
     accelerator = start_accelerator(settings)
     try:
         check_launch(settings, accelerator)
-        job = build_job(settings, accelerator)
-        if settings.resume is not None:
-            load_checkpoint(job, settings.resume)
+        job = build_job(fit_batches(settings, accelerator), accelerator)
+        if settings.resume is not None or settings.resume_latest:
+            resume(job)
     except BaseException:
         accelerator.end_training()
         raise

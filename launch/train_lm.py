@@ -18,6 +18,10 @@ OFFLOAD_HELP = f"Keep the optimizer's state on the host and step there; for {', 
 GRADIENTS_HELP = "With --offload: take gradients to the host, too, as the backward pass makes them."
 DATA_HELP = "A text file or a folder of them; may be given several times. Default: the Python standard library."
 
+TOTAL_HELP = "Windows an optimizer step over all processes, which accumulate to it: then any number of them can resume."
+LATEST_HELP = "Go on from the latest checkpoint in --checkpoint-dir; start afresh where there is none."
+TIMEOUT_HELP = "Seconds after which a process gives up waiting for another. Default: torch's, half an hour over gloo."
+
 
 @app.command()
 def main(
@@ -35,6 +39,7 @@ def main(
     final_lr_fraction: Annotated[float, typer.Option(help="Where the cosine ends, as a part of --lr.")] = 0.1,
     batch_size: Annotated[int, typer.Option(help="Windows a process and micro-batch.")] = 8,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Micro-batches an optimizer step.")] = 1,
+    total_batch_size: Annotated[int | None, typer.Option(help=TOTAL_HELP)] = None,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 does not clip.")] = 1.0,
     precision: Annotated[str | None, typer.Option(help="no, or bf16 (mixed). Default: the launcher's choice.")] = None,
     param_dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for pure bf16 parameters.")] = "float32",
@@ -51,17 +56,23 @@ def main(
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Where checkpoints go; none without.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints; 0: the last step only.")] = 0,
     resume: Annotated[Path | None, typer.Option(help="A checkpoint, or a folder of them for its latest.")] = None,
+    resume_latest: Annotated[bool, typer.Option(help=LATEST_HELP)] = False,
     expect_world_size: Annotated[int | None, typer.Option(help="Fail unless so many processes run.")] = None,
+    collective_timeout: Annotated[float | None, typer.Option(help=TIMEOUT_HELP)] = None,
 ) -> None:
     """Train a Llama with bytes as tokens and write metrics.jsonl, summary.json and training.png."""
     options = dict(locals())
     options["data"] = tuple(data or ())
     # Imported here so that --help does not wait for transformers.
+    from lm_checkpoint import NothingLeftError
     from lm_settings import TrainingSettings
     from lm_training import DivergedError, prepare_job, run_job
 
     try:
         job = prepare_job(TrainingSettings(**options))
+    except NothingLeftError as error:
+        # Whoever starts a run again and again, as torchrun does, does not ask for more than that it is finished.
+        raise _exit(error, 0 if resume_latest else 2) from error
     except ValueError as error:
         raise _exit(error, 2) from error
     # What else goes wrong from here on is a fault, and its traceback is wanted.

@@ -204,7 +204,7 @@ def meet(lines: Sequence[str], world: World, call: str, accepted: str) -> None:
     """
     store = dist.distributed_c10d._get_default_store()
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    key = f"lowmem_adam/{world.group.group_name}/{digest}"
+    key = f"lowmem_adam/{world.group.group_name}/{world.size}/{digest}"
     arrived = store.add(f"{key}/arrived", 1)
     meeting, place = divmod(arrived - 1, world.size)
     door, full = f"{key}/open/{meeting}", (meeting + 1) * world.size

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowmem_adam import agreement, foreign, local, resharding, saved_state, zero
+from lowmem_adam import agreement, foreign, local, resharding, saved_state, wrapped, zero
 from lowmem_adam.layout import Layout
 from lowmem_adam.shard import Partition, World
 from lowmem_adam.shard_tensor import asked_by_checkpoint
@@ -29,6 +29,10 @@ class SavedOptimizer(torch.optim.Optimizer):
     """Whether ranks have compared what they hold since it last changed from outside."""
     _consolidated: dict[str, Any] | None = None
     """What ``consolidate_state_dict`` made, for the next ``state_dict()``: a whole on one rank, {} on others."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        wrapped.ask_the_optimizer(cls)
 
     # ---------------------------------------------------------------- who holds what
 
@@ -140,6 +144,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: there is no such rank.
+            RuntimeError: not all ranks of ``shard_group`` called it, with the same rank, within five minutes.
         """
         world = self._cut().world
         spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
@@ -147,6 +152,9 @@ class SavedOptimizer(torch.optim.Optimizer):
         targets = resharding.check_targets(to, ranks)
         if world.size == 1 and not spread:
             return super().state_dict()
+        if world.size > 1:
+            lines = [*agreement.describe(self.param_groups, self._cut(), self._steps_of), f"consolidated on {targets}"]
+            agreement.meet(lines, world, f"consolidate_state_dict(to={to})", "this call on all ranks of shard_group")
         whole = None
         for target in targets:
             whole = self._gathered(world, target) or whole

@@ -280,6 +280,9 @@ class Stepper:
         if not known:
             self._prepared.pop(param, None)
             prepared = None
+            if self.offload is not None and state is not None:
+                # Lightning sends all state but "step" to the device after a load (_optimizer_to_device).
+                state.update({key: value.cpu() for key, value in state.items() if not value.is_cpu})
             if state is not None and not _keeps_another(state, master):
                 prepared = self._prepared[param] = _prepared(
                     param, state, moments, label, partition, master, self.home_of(param), self.counted_on(param)

@@ -17,6 +17,7 @@ RANKS = {
     "settings": 2,
     "local": 1,
     "looks": 1,
+    "wrapped": 1,
     "inputs": 2,
     "state": 3,
     "prepared": 3,

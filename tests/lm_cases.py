@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 # The scripts of launch/ find one another by bare name, as they do when one of them is run.
@@ -45,3 +47,58 @@ def tiny_settings(output_dir: Path, text: Path, **changes: Any) -> TrainingSetti
         eval_windows=8,
     )
     return replace(settings, **changes)
+
+
+def forget_accelerate() -> None:
+    """Accelerate's process-wide state as in a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState  # the parts of the job are tested without it, too
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def tiny_options(output_dir: Path, text: Path, **changes: str) -> list[str]:
+    """The same run for the command line."""
+    settings = tiny_settings(output_dir, text)
+    names = [
+        "output_dir",
+        "validation_every",
+        "steps",
+        "warmup_steps",
+        "lr",
+        "batch_size",
+        "seq_len",
+        "hidden_size",
+        "intermediate_size",
+        "layers",
+        "heads",
+        "eval_every",
+        "eval_windows",
+    ]
+    values = {name: str(getattr(settings, name)) for name in names} | {"data": str(text)} | changes
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if not name.endswith("_ms")}
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    last = Path("checkpoints") / "step-000008"
+    assert (one / last / "model.safetensors").read_bytes() == (other / last / "model.safetensors").read_bytes()
+    assert_same_tree(*(torch.load(folder / last / "optimizer.bin", weights_only=True) for folder in (one, other)))
+
+
+def assert_same_tree(expected: Any, got: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, got)
+    elif isinstance(expected, dict):
+        assert expected.keys() == got.keys()
+        for key in expected:
+            assert_same_tree(expected[key], got[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(got)
+        for one, other in zip(expected, got, strict=True):
+            assert_same_tree(one, other)
+    else:
+        assert expected == got

@@ -308,6 +308,19 @@ def case_saved_and_loaded_with_offload_and_without() -> None:
         assert_equal(made[1], straight, f"{writer} to {reader}")
 
 
+def case_state_that_was_sent_to_the_device_comes_back() -> None:
+    """Lightning sends all state but "step" there, when it is made and after a load."""
+    offloaded, alone = pair()
+    take(offloaded, range(2))
+    take(alone, range(2))
+    for state in offloaded.state.values():
+        state.update({key: value.to("sim") for key, value in state.items() if key != "step"})
+    take(offloaded, range(2, 4))
+    take(alone, range(2, 4))
+    assert all(value.is_cpu for value in tensors_held(offloaded))
+    assert_equal(offloaded, alone)
+
+
 def case_master_weight_of_a_parameter_on_the_device() -> None:
     for update in UPDATES:
         offloaded, alone = pair(dtype=torch.bfloat16, **update)

@@ -27,7 +27,7 @@ stage "${tests[@]}" "$@"
 # Once more as on a machine without a compiler. What says nothing about the step need not be run again, nor what calls the
 # reference itself, nor the parity of trainings and of free runs, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
-for name in package environment native_isas configs foreign foreign_refusals checkpoint bench_low_precision \
+for name in package environment native_isas configs multi_node foreign foreign_refusals checkpoint bench_low_precision \
     bench_sharding bench_offload bench_gpu bench_host_time gpu gpu_exact gpu_code gpu_interpreted \
     interpreted_optimizer triton compile compile_operator \
     shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
@@ -39,7 +39,7 @@ done
 # with torch's own optimizer, and programs that are told in the test which library to take.
 for name in shard.py::test_saved_by_any_number_of_ranks train_lm.py::test_checkpoint_resumes_with_and_without_shards \
     train_lm.py::test_launch_that_silently_starts_one_process train_images.py::test_two_processes \
-    cli.py::test_help cli.py::test_info_without_the_library; do
+    lightning.py::test_example cli.py::test_help cli.py::test_info_without_the_library; do
     again+=(--deselect "tests/test_$name")
 done
 LOWMEM_ADAM_LIBRARY=none stage "${tests[@]}" "${again[@]}" "$@" || (($? == 5)) # 5: arguments left no test

@@ -1,11 +1,8 @@
 """The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed."""
 
-import random
 import re
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ pytest.importorskip("accelerate", reason="the configurations are accelerate's")
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from tests.launching import accelerate_launch
+from tests.launching import accelerate_launch, free_port
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
 
@@ -44,15 +41,6 @@ leave(accelerator)
 
 def launch(config: str, script: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return accelerate_launch("--config_file", str(CONFIGS / f"{config}.yaml"), *options, str(script))
-
-
-def free_port() -> int:
-    """Below those that a system hands out itself, or a connection of another test may get it before the launchers."""
-    for port in random.sample(range(20000, 32768), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,29 @@ pytest.importorskip("accelerate", reason="the training job runs under accelerate
 pytest.importorskip("transformers", reason="the training job takes its model from transformers")
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_adam import kernels
 from tests.launching import accelerate_launch
 
-from tests.lm_cases import LAUNCH, OURS_AND_TORCH, tiny_settings, write_text  # isort: skip  (puts launch/ on the path)
+from tests.lm_cases import (  # isort: skip  (puts launch/ on the path)
+    LAUNCH,
+    OURS_AND_TORCH,
+    assert_same_checkpoint,
+    forget_accelerate,
+    tiny_options,
+    tiny_settings,
+    without_times,
+    write_text,
+)
 
 import compare_runs
 import lm_training
 import reporting
 import train_lm
 from accelerate import Accelerator
+from lm_job import start_accelerator
 from lm_training import run_training
 
 
@@ -46,37 +56,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_accelerate()
     yield
     forget_accelerate()
-
-
-def forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def tiny_options(output_dir: Path, text: Path, **changes: str) -> list[str]:
-    """The same run for the command line."""
-    settings = tiny_settings(output_dir, text)
-    names = [
-        "output_dir",
-        "validation_every",
-        "steps",
-        "warmup_steps",
-        "lr",
-        "batch_size",
-        "seq_len",
-        "hidden_size",
-        "intermediate_size",
-        "layers",
-        "heads",
-        "eval_every",
-        "eval_windows",
-    ]
-    values = {name: str(getattr(settings, name)) for name in names} | {"data": str(text)} | changes
-    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not name.endswith("_ms")}
 
 
 # Runs
@@ -150,27 +129,6 @@ def test_resumed_run_is_the_same_run_bit_for_bit(
     assert_same_checkpoint(whole, resumed)
 
 
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    last = Path("checkpoints") / "step-000008"
-    assert (one / last / "model.safetensors").read_bytes() == (other / last / "model.safetensors").read_bytes()
-    assert_same_tree(*(torch.load(folder / last / "optimizer.bin", weights_only=True) for folder in (one, other)))
-
-
-def assert_same_tree(expected: Any, got: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, got)
-    elif isinstance(expected, dict):
-        assert expected.keys() == got.keys()
-        for key in expected:
-            assert_same_tree(expected[key], got[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(expected) == len(got)
-        for one, other in zip(expected, got, strict=True):
-            assert_same_tree(one, other)
-    else:
-        assert expected == got
-
-
 def test_resume_goes_on_in_the_same_log(text: Path, tmp_path: Path) -> None:
     settings = tiny_settings(
         tmp_path, text, optimizer="torch", steps=6, checkpoint_dir=tmp_path / "saved", checkpoint_every=3
@@ -222,6 +180,73 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
     assert rates[0] == rates[1]
 
 
+def test_total_batch_is_shared_out_by_accumulation(text: Path, tmp_path: Path) -> None:
+    run_training(tiny_settings(tmp_path / "total", text, steps=2, batch_size=2, total_batch_size=6))
+    forget_accelerate()
+    run_training(tiny_settings(tmp_path / "told", text, steps=2, batch_size=2, gradient_accumulation_steps=3))
+    total, told = (
+        [without_times(record) for record in reporting.read_metrics(tmp_path / run / reporting.METRICS_FILE)]
+        for run in ("total", "told")
+    )
+    assert total == told
+    settings = tiny_settings(tmp_path, text, batch_size=2, total_batch_size=12)
+    assert [settings.on(world).gradient_accumulation_steps for world in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ValueError, match=r"accepted with a batch_size of 2 and 4 processes: multiples of 8"):
+        settings.on(4)
+    with pytest.raises(ValueError, match="do not go together"):
+        replace(settings, gradient_accumulation_steps=2).on(1)
+    with pytest.raises(ValueError, match="total_batch_size must be a finite number of at least 1, got 0"):
+        replace(settings, total_batch_size=0)
+
+
+def test_another_total_batch_is_another_run(finished_runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    saved = finished_runs["torch"] / "checkpoints" / "step-000004"
+    with pytest.raises(ValueError, match=r"another run \(total_batch_size: 4 there, 8 here\)$"):
+        run_training(tiny_settings(tmp_path, text, optimizer="torch", total_batch_size=8, resume=saved))
+    forget_accelerate()
+    summary = run_training(
+        tiny_settings(tmp_path, text, optimizer="torch", batch_size=2, total_batch_size=4, resume=saved)
+    )
+    whole = json.loads((finished_runs["torch"] / reporting.SUMMARY_FILE).read_text(encoding="utf-8"))
+    # The same windows, but sums over them in another order; a run with other windows ends far off.
+    assert summary["final_val_loss"] == pytest.approx(whole["final_val_loss"], rel=1e-4)
+
+
+def test_latest_checkpoint_is_found_or_there_is_none(text: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "saved"
+    options = [
+        *tiny_options(tmp_path, text, optimizer="torch", steps="6", checkpoint_dir=str(checkpoints)),
+        *("--checkpoint-every", "3", "--resume-latest"),
+    ]
+    first = CliRunner().invoke(train_lm.app, options)
+    assert first.exit_code == 0
+    assert f"--resume-latest: no checkpoint in {checkpoints}, starting at step 0" in first.stdout
+    log = [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)]
+    # Started again when it is finished, as a launcher does that does not know, it has nothing to do.
+    forget_accelerate()
+    again = CliRunner().invoke(train_lm.app, options)
+    assert again.exit_code == 0
+    assert "step-000006 is at step 6 of 6: nothing left" in again.stderr
+    forget_accelerate()
+    asked = CliRunner().invoke(train_lm.app, [*options[:-1], "--resume", str(checkpoints)])
+    assert asked.exit_code == 2
+    assert "nothing left" in asked.stderr
+    (checkpoints / "step-000006" / "training.json").unlink()  # as if interrupted while writing it
+    forget_accelerate()
+    interrupted = CliRunner().invoke(train_lm.app, options)
+    assert interrupted.exit_code == 0
+    assert f"passing over {checkpoints / 'step-000006'}, the saving of which was interrupted" in interrupted.stdout
+    assert f"resumed from {checkpoints / 'step-000003'} at step 3" in interrupted.stdout
+    assert log == [without_times(record) for record in reporting.read_metrics(tmp_path / reporting.METRICS_FILE)]
+
+
+def test_latest_checkpoint_is_looked_for_in_one_place(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume_latest goes with a checkpoint_dir"):
+        tiny_settings(tmp_path, text, resume_latest=True)
+    with pytest.raises(ValueError, match="without resume"):
+        tiny_settings(tmp_path, text, resume_latest=True, checkpoint_dir=tmp_path, resume=tmp_path)
+
+
 def test_pure_bf16_and_mixed_precision_run(text: Path, tmp_path: Path) -> None:
     pure = run_training(tiny_settings(tmp_path / "pure", text, steps=4, optimizer="adamw8bit", param_dtype="bfloat16"))
     forget_accelerate()
@@ -229,6 +254,11 @@ def test_pure_bf16_and_mixed_precision_run(text: Path, tmp_path: Path) -> None:
     assert pure["precision"] == "no"
     assert mixed["precision"] == "bf16"
     assert pure["final_val_loss"] == pytest.approx(mixed["final_val_loss"], rel=0.1)
+
+
+def test_collectives_are_waited_for_no_longer_than_asked(text: Path, tmp_path: Path) -> None:
+    accelerator = start_accelerator(tiny_settings(tmp_path, text, collective_timeout=20.0))
+    assert accelerator.init_handler.timeout == timedelta(seconds=20)
 
 
 # Runs that fail
@@ -390,7 +420,8 @@ def test_sharded_checkpoint_of_another_world_size_is_refused(
 ) -> None:
     # Not for the shards: as many ranks with the same batch each would read other windows.
     settings = tiny_settings(tmp_path, text, batch_size=2, shard=True, resume=two_processes["--shard"] / "checkpoints")
-    with pytest.raises(ValueError, match=r"another run \(world_size: 2 there, 1 here\)"):
+    words = r"another run \(world_size: 2 there, 1 here\); --total-batch-size lets any number of processes go on"
+    with pytest.raises(ValueError, match=words):
         run_training(settings)
 
 
