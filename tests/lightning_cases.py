@@ -86,6 +86,7 @@ def trainer_of(folder: Path | None = None, **keywords: Any) -> lightning.Trainer
 def fit(
     trainer: lightning.Trainer, model: lightning.LightningModule, batches: Sequence[Tensor], **keywords: Any
 ) -> None:
+    dealt: Any = list(batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and folders
-        trainer.fit(model, DataLoader(list(batches), batch_size=None), **keywords)
+        trainer.fit(model, DataLoader(dealt, batch_size=None), **keywords)

@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from typer.testing import CliRunner
 
 import lowmem_adam
 from lowmem_adam import AdamW8bit, agreement
@@ -395,3 +396,21 @@ def test_example_trains_two_processes_and_resumes(tmp_path: Path) -> None:
     summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (whole, resumed)]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     assert sum(summaries[0]["optimizer_state_bytes"]) / summaries[0]["parameters"] < 2.1
+
+
+def test_example_refuses_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the example takes model and text from the job that runs under accelerate")
+    pytest.importorskip("transformers", reason="the example takes its model from transformers")
+    from tests import lm_cases  # noqa: F401 (puts launch/ on the path)
+
+    import lightning_lm  # isort: skip
+
+    for options, words in (
+        (["--processes", "3"], "total_batch_size is 16; accepted with 3 processes: multiples of them"),
+        (["--resume", str(tmp_path / "absent.ckpt")], "no such file"),
+        (["--lr", "0"], "lr must be a finite number above 0"),
+    ):
+        result = CliRunner().invoke(lightning_lm.app, ["--output-dir", str(tmp_path / "run"), *options])
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1

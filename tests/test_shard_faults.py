@@ -381,7 +381,7 @@ def differences_job(rank: int, folder: Path) -> Any:
 
 
 def alone_job(rank: int, folder: Path) -> Any:
-    """state_dict() on one rank only, each in turn, and then on all."""
+    """state_dict() and consolidate_state_dict() on one rank only, each in turn, and then on all."""
     agreement.MEETING_SECONDS = 0.5
     opt, alone = small("world"), small(None)
     for one in (opt, alone):
@@ -389,9 +389,15 @@ def alone_job(rank: int, folder: Path) -> Any:
     said = []
     for caller in range(THREE):
         if rank == caller:
-            said.append(raised(opt.state_dict))
+            said += [raised(opt.state_dict), raised(opt.consolidate_state_dict)]
         dist.barrier()
+    said.append(raised(lambda: opt.consolidate_state_dict(to=min(rank, 1))))  # not the same rank for all of them
+    dist.barrier()
     agreement.MEETING_SECONDS = 10.0
+    consolidated = opt.consolidate_state_dict(to=1)
+    if rank == 1:
+        assert_same_bits(consolidated, alone.state_dict())
+    opt._forget_consolidated()
     for _ in range(2):
         whole = opt.state_dict()
         if rank == 0:
@@ -436,9 +442,12 @@ def test_ranks_that_differ_at_the_first_step_all_say_in_what(three: Outcomes, na
 
 def test_state_dict_on_one_rank_only_says_what_to_call_and_all_may_call_it_later(three: Outcomes) -> None:
     for said in outcome(three, alone_job):
-        assert len(said) == 1
+        assert len(said) == 3
         assert said[0].startswith("RuntimeError: state_dict() of a sharded optimizer waited 0.5 s")
         assert "consolidate_state_dict(to=rank)" in said[0]
+        for words in said[1:]:
+            assert words.startswith("RuntimeError: consolidate_state_dict(to=")
+            assert words.endswith("waited 0.5 s for the other ranks; accepted: this call on all ranks of shard_group")
 
 
 def test_state_dict_on_one_rank_only_of_one_of_two_equal_optimizers_is_told_apart(three: Outcomes) -> None:
