@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Annotated
 
 import torch
 
 import lowmem_adam
-from lowmem_adam.integrations.deepspeed import check_config
 from lowmem_adam.kernels import cpu
 
 try:
@@ -20,6 +18,8 @@ try:
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
+
+from lowmem_adam.commands.check_config import check_config
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
 
@@ -64,22 +64,4 @@ def gather() -> dict[str, str | int | list[str] | None]:
     }
 
 
-@app.command(name="check-config")
-def check_deepspeed_config(
-    file: Annotated[Path, typer.Argument(help="DeepSpeed's config, a JSON file.")],
-    client_optimizer: Annotated[
-        bool,
-        typer.Option("--client-optimizer", help="The script makes the optimizer, not the config."),
-    ] = False,
-) -> None:
-    """Say what in a DeepSpeed config would refuse the optimizer or step with another; ends with 1 if anything would."""
-    try:
-        findings = check_config(file, client_optimizer=client_optimizer)
-    except (OSError, ValueError) as error:
-        typer.echo(f"lowmem-adam: {error}", err=True)
-        raise typer.Exit(2) from error
-    for finding in findings:
-        typer.echo(f"{file}: {finding}")
-    if findings:
-        raise typer.Exit(1)
-    typer.echo(f"{file}: nothing found that would keep the optimizer from stepping")
+app.command()(check_config)

@@ -49,7 +49,8 @@ RANKS = {
     "integrations": 5,
     "plan": 5,
     "profile": 5,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
 }
 
 
