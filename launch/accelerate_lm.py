@@ -7,6 +7,7 @@ What launches differ in is in `build_optimizer`. lm_training.py has the job with
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,8 +64,9 @@ def run(settings: Any, output: Path) -> None:
 
     from lowmem_adam.integrations.accelerate import check_launch
 
-    # Without an accelerator DeepSpeed's processes find one another over gloo only when told so.
-    over_gloo = [] if torch.accelerator.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    # On a CPU accelerate's processes under DeepSpeed join only when told how.
+    alone = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available()
+    over_gloo = [InitProcessGroupKwargs(backend="gloo")] if alone else []
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,
