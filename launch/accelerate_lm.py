@@ -123,7 +123,7 @@ def build_optimizer(accelerator: Any, model: Any, settings: Any) -> tuple[Any, A
 
     from lowmem_adam import AdamW8bit
 
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [param for param in model.parameters() if param.ndim >= 2]},
         {"params": [param for param in model.parameters() if param.ndim < 2], "weight_decay": 0.0},
     ]

@@ -78,9 +78,9 @@ class SavedOptimizer(torch.optim.Optimizer):
             plain = sum(bool(state) and not local.is_dtensor(param) for param, state in self.state.items())
             if plain:
                 raise ValueError(
-                    f"state is of {plain} parameters that are in no param group, where DTensors have taken their place, "
-                    "as in accelerate's prepare under FSDP2; accepted: load_state_dict or accelerator.load_state after "
-                    "that, or optimizer.state.clear() to begin with new moments"
+                    f"state is of {plain} parameters that are in no param group, where DTensors have taken their "
+                    "place, as in accelerate's prepare under FSDP2; accepted: load_state_dict or accelerator.load_state "
+                    "after that, or optimizer.state.clear() to begin with new moments"
                 )
 
     def _moments_by_param(self) -> dict[Tensor, str]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-accelerate = pytest.importorskip("accelerate", reason="these are its calls")
+pytest.importorskip("accelerate", reason="these are its calls")
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from lowmem_adam import Adam8bit, AdamW8bit, agreement, reduce_scatter_hook
@@ -41,11 +42,19 @@ def settings_of(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{**group, "params": [tuple(param.shape) for param in group["params"]]} for group in opt.param_groups]
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Any]:
-    """Of a process alone, on the CPU."""
+def grouped(model: nn.Module, **settings: Any) -> AdamW8bit:
+    """Two groups, of one of which decay is off."""
+    decay = [param for param in model.parameters() if param.ndim > 1]
+    rest = [param for param in model.parameters() if param.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": rest, "weight_decay": 0.0, "lr": 3e-2}]
+    return AdamW8bit(groups, lr=1e-2, weight_decay=0.1, **settings)
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own() -> Iterator[None]:
+    """Tests begin and end without accelerate's state, which is the process's."""
     forget_accelerate()
-    yield accelerate.Accelerator(cpu=True)
+    yield
     forget_accelerate()
 
 
@@ -53,14 +62,13 @@ def accelerator() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("order", ["together", "model first", "optimizer first"])
-def test_prepared_in_any_order(accelerator: Any, order: str) -> None:
+def test_prepared_in_any_order(order: str) -> None:
     """The same steps as without accelerate, to the bit, and the same param groups."""
-    results = []
+    accelerator = Accelerator(cpu=True)
+    results: list[Any] = []
     for through in (True, False):
         model = Model()
-        decay = [param for param in model.parameters() if param.ndim > 1]
-        rest = [param for param in model.parameters() if param.ndim < 2]
-        opt: Any = AdamW8bit([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
+        opt: Any = grouped(model)
         plain, groups = opt, settings_of(opt)
         if through and order == "together":
             model, opt = accelerator.prepare(model, opt)
@@ -76,14 +84,13 @@ def test_prepared_in_any_order(accelerator: Any, order: str) -> None:
             opt.step()
             opt.zero_grad()
         results.append({"params": values(plain), "state": in_order(plain.state_dict())})
-    assert_same_bits(*results)
+    assert_same_bits(results[0], results[1])
 
 
 @pytest.mark.parametrize("cls", [AdamW8bit, Adam8bit])
 def test_a_scalers_skipped_step_is_reported(cls: type[Adam8bit]) -> None:
-    """accelerate makes a GradScaler on GPUs only; torch's works on the CPU too, so it is put where that would be."""
-    forget_accelerate()
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
+    """On GPUs only does accelerate make a GradScaler; torch's works on the CPU too, and is put where that would be."""
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
     assert accelerator.scaler is None
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     model = Model()
@@ -116,19 +123,21 @@ def test_a_scalers_skipped_step_is_reported(cls: type[Adam8bit]) -> None:
     assert accelerator.scaler.get_scale() == SCALE / 2
     assert_same_bits(values(opt), values(other))
     assert_same_bits(in_order(opt.state_dict()), in_order(other.state_dict()))
-    forget_accelerate()
 
 
 # ---------------------------------------------------------------- two ranks
 
 
 def clip_job(rank: int, folder: Path) -> Any:
-    """accelerate's two ways to clip, with shards: the steps of clipped gradients, to the bit."""
+    """Both ways to clip that accelerate has, with shards: the steps of clipped gradients, to the bit."""
     accelerator, runs = accelerator_of(rank), []
     for through in (True, False):
         model = Model()
         opt = AdamW8bit(model.parameters(), lr=1e-2, shard_group="world" if through else None)
-        wrapped, prepared = accelerator.prepare(model, opt) if through else (nn.parallel.DistributedDataParallel(model), opt)
+        wrapped: Any = nn.parallel.DistributedDataParallel(model)
+        prepared: Any = opt
+        if through:
+            wrapped, prepared = accelerator.prepare(model, opt)
         for step in range(4):
             loss_of(wrapped, rank, step).backward()
             if step % 2:
@@ -139,7 +148,7 @@ def clip_job(rank: int, folder: Path) -> Any:
             prepared.step()
             prepared.zero_grad()
         runs.append(values(opt))
-    assert_same_bits(*runs)
+    assert_same_bits(runs[0], runs[1])
     accelerator.free_memory()
 
     # A rank has its part of the gradients only, so the norm of all of them is not a number, and nothing is stepped.
@@ -191,14 +200,6 @@ def fsdp_accelerator(rank: int) -> Any:
     return made
 
 
-def grouped(model: nn.Module, **settings: Any) -> AdamW8bit:
-    """Two groups, of one of which decay is off."""
-    decay = [param for param in model.parameters() if param.ndim > 1]
-    rest = [param for param in model.parameters() if param.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": rest, "weight_decay": 0.0, "lr": 3e-2}]
-    return AdamW8bit(groups, lr=1e-2, weight_decay=0.1, **settings)
-
-
 def step_with(opt: AdamW8bit, step: int) -> None:
     """Gradients of whole parameters, placed as the parameters are."""
     for index, param in enumerate(params_of(opt)):
@@ -215,7 +216,7 @@ def whole_values(opt: AdamW8bit) -> list[Tensor]:
 
 
 def fsdp_job(rank: int, folder: Path) -> Any:
-    """accelerate puts DTensors in the place of an optimizer's parameters: groups stay, and steps are right."""
+    """DTensors are put in the place of an optimizer's parameters: groups stay, and steps are right."""
     accelerator = fsdp_accelerator(rank)
     for settings in ({}, {"offload": "cpu", "offload_gradients": True}, {"moments": "32bit"}):
         model, plain = Net(), grouped(Net(), **settings)

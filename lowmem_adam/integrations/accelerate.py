@@ -84,9 +84,7 @@ def check_launch(accelerator: Any, processes: int | None = None) -> None:
             f"reduced and each would train a model of its own. {_HOW}"
         )
     if found == 1 and _asked_for_several():
-        raise RuntimeError(
-            f"accelerate launch was asked for several processes and has started a single one. {_HOW}"
-        )
+        raise RuntimeError(f"accelerate launch was asked for several processes and has started a single one. {_HOW}")
 
 
 _HOW = (
