@@ -45,13 +45,10 @@ def main(
     # Imported here so that --help does not wait for transformers.
     from lm_settings import TrainingSettings
 
-    from lowmem_adam.integrations.accelerate import set_threads
-
-    set_threads(threads)
-    run(TrainingSettings(output_dir=output.parent, **chosen | {"data": tuple(data or ())}), output)
+    run(TrainingSettings(output_dir=output.parent, **chosen | {"data": tuple(data or ())}), output, threads)
 
 
-def run(settings: Any, output: Path) -> None:
+def run(settings: Any, output: Path, threads: int | None) -> None:
     """From joining the other processes to leaving them."""
     import torch
     from accelerate import Accelerator
@@ -62,7 +59,7 @@ def run(settings: Any, output: Path) -> None:
     from processes import leave
     from reporting import write_json
 
-    from lowmem_adam.integrations.accelerate import check_launch
+    from lowmem_adam.integrations.accelerate import check_launch, set_threads
 
     # On a CPU accelerate's processes under DeepSpeed join only when told how.
     alone = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available()
@@ -73,6 +70,7 @@ def run(settings: Any, output: Path) -> None:
         kwargs_handlers=over_gloo,
     )
     check_launch(accelerator, settings.expect_world_size)
+    set_threads(threads)
     place = (accelerator.process_index, accelerator.num_processes)
     corpus = load_corpus(settings.data, settings.validation_every)
     sampler = WindowSampler(corpus.train, settings.seq_len, settings.batch_size, *place, settings.seed)

@@ -15,6 +15,8 @@ from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_ch
 from optimizers import OptimizerSettings, build_optimizer
 from schedules import warmup_cosine
 
+from lowmem_adam.integrations.accelerate import set_threads
+
 
 @dataclass
 class Progress:
@@ -64,13 +66,14 @@ class Job:
 
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Join the other processes and say how many there are."""
+    """Join the other processes, take a share of the machine's cores, and say how many there are."""
     accelerator = Accelerator(
         mixed_precision=settings.precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Otherwise one scheduler step counts for as many as there are processes.
         step_scheduler_with_optimizer=False,
     )
+    set_threads()
     accelerator.print(
         f"world size: {accelerator.num_processes} on {accelerator.device.type} "
         f"({torch.get_num_threads()} threads a process)"

@@ -79,8 +79,8 @@ class SavedOptimizer(torch.optim.Optimizer):
             if plain:
                 raise ValueError(
                     f"state is of {plain} parameters that are in no param group, where DTensors have taken their "
-                    "place, as in accelerate's prepare under FSDP2; accepted: load_state_dict or accelerator.load_state "
-                    "after that, or optimizer.state.clear() to begin with new moments"
+                    "place, as in accelerate's prepare under FSDP2; accepted: load_state_dict or "
+                    "accelerator.load_state after that, or optimizer.state.clear() to begin with new moments"
                 )
 
     def _moments_by_param(self) -> dict[Tensor, str]:

@@ -134,10 +134,12 @@ def clip_job(rank: int, folder: Path) -> Any:
     for through in (True, False):
         model = Model()
         opt = AdamW8bit(model.parameters(), lr=1e-2, shard_group="world" if through else None)
-        wrapped: Any = nn.parallel.DistributedDataParallel(model)
-        prepared: Any = opt
+        wrapped: Any
+        prepared: Any
         if through:
             wrapped, prepared = accelerator.prepare(model, opt)
+        else:
+            wrapped, prepared = nn.parallel.DistributedDataParallel(model), opt
         for step in range(4):
             loss_of(wrapped, rank, step).backward()
             if step % 2:

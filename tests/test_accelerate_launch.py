@@ -21,6 +21,7 @@ from tests.launching import (
     accelerate_launch,
     cpu_environment,
     deepspeed_environment,
+    extensions_folder,
     free_port,
 )
 from tests.ranks import NEEDS_GLOO
@@ -210,6 +211,14 @@ accelerator.end_training()
             "as it is",
             "asks for DEEPSPEED and accelerate runs MULTI_CPU",
             id="deepspeed",
+            marks=NEEDS_DEEPSPEED,
+        ),
+        pytest.param(
+            [*config("deepspeed_zero1"), "--num_processes", "2"],
+            {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions_folder())},
+            "as it is",
+            "started 2 processes, of which accelerate has joined 1",
+            id="deepspeed, not over gloo",
             marks=NEEDS_DEEPSPEED,
         ),
         pytest.param(config("cpu_2"), {}, "as it is", None, id="cpu_2"),

@@ -3,9 +3,9 @@
 ``accelerate launch`` leaves a process one thread unless told otherwise, and some of its calls silently start less than
 they say: fewer processes, processes that do not know of one another, plain data parallelism in the place of FSDP.
 
-    threads = set_threads()
     accelerator = Accelerator(...)
     check_launch(accelerator)
+    set_threads()
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ FLAG = "num_cpu_threads_per_process"
 def set_threads(threads: int | None = None) -> int:
     """Give torch, and with it a step on the CPU, the threads that this process should have.
 
-    Call it before the work begins. Without a number it keeps what the launcher was told: ``OMP_NUM_THREADS`` in the
-    environment of ``accelerate launch`` or ``torchrun``, or ``--num_cpu_threads_per_process``, which DeepSpeed's
-    launcher passes over. Told nothing, launchers give each process one thread, or all cores of a machine of which
-    this container may use a few; then the cores that may be used are divided among the processes of this machine.
+    Call it after ``Accelerator()``, which may set a number itself. Without one it keeps what the launcher was told:
+    ``OMP_NUM_THREADS`` in the environment of ``accelerate launch`` or ``torchrun``, or
+    ``--num_cpu_threads_per_process``, which DeepSpeed's launcher passes over. Told nothing, launchers give each process
+    one thread, or all cores of a machine of which this container may use a few; then the cores that may be used are
+    divided among the processes of this machine.
 
     Whether a launcher was told is read from the environment and the arguments it was started with. Where these cannot
     be read, 1 in ``OMP_NUM_THREADS`` is taken for the launcher's own and any other number for what it was told.
