@@ -135,6 +135,7 @@ def build_optimizer(accelerator: Any, model: Any, settings: Any) -> tuple[Any, A
         if "optimizer" in config:
             import lowmem_adam.integrations.deepspeed  # noqa: F401 (it makes the name known)
 
+            config["optimizer"]["params"]["seed"] = settings.seed  # what accelerate does not fill in
             stand_in = DummyOptim(groups, **told)
             return stand_in, DummyScheduler(stand_in, lr_scheduler_callable=lambda named: LambdaLR(named, factor))
     # DeepSpeed and FSDP2 have sharded already what they hand over.
