@@ -16,6 +16,8 @@ from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_ch
 from optimizers import OptimizerSettings, build_optimizer
 from schedules import warmup_cosine
 
+from lowmem_adam.integrations.accelerate import set_threads
+
 
 @dataclass
 class Progress:
@@ -65,7 +67,7 @@ class Job:
 
 
 def start_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Join the other processes and say how many there are."""
+    """Join the other processes, take a share of the machine's cores, and say how many there are."""
     patience = InitProcessGroupKwargs(
         timeout=None if settings.collective_timeout is None else timedelta(seconds=settings.collective_timeout)
     )
@@ -76,6 +78,7 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[patience],
     )
+    set_threads()
     accelerator.print(
         f"world size: {accelerator.num_processes} on {accelerator.device.type} "
         f"({torch.get_num_threads()} threads a process)"

@@ -14,7 +14,6 @@ stream, in which the next forward pass runs, for the event of the last parameter
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_adam.cores import share_of_cores
 from lowmem_adam.shard import Piece, end_within, read, write
 
 SLOTS = 4
@@ -265,13 +265,12 @@ class Offload:
 
 def warn_of_one_thread() -> None:
     """``accelerate launch`` and ``torchrun`` leave processes one thread, with which the host's step takes its time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or "1"))
+    share = share_of_cores()
     if torch.get_num_threads() == 1 and share > 1:
         warnings.warn(
-            f"offload steps on the host, where this process has one thread of {share} that it could have: set "
-            f"OMP_NUM_THREADS={share}, accelerate launch --num_cpu_threads_per_process {share}, or "
-            f"torch.set_num_threads({share})",
+            f"offload steps on the host, where this process has one thread of {share} that it could have: call "
+            f"lowmem_adam.integrations.accelerate.set_threads(), set OMP_NUM_THREADS={share}, accelerate launch "
+            f"--num_cpu_threads_per_process {share}, or torch.set_num_threads({share})",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -249,6 +249,7 @@ class Adam8bit(GradientOptimizer):
         made: States = {}
         refusal: Exception | None = None
         try:
+            self._check_owners()
             tasks = self._stepper.check(
                 self.param_groups, self.state, partition, self._grad_factor(), self._found_inf()
             )

@@ -73,6 +73,22 @@ class SavedOptimizer(torch.optim.Optimizer):
                 self.state[param] = {key: v.clone() for key, v in part_of(state, layout, span).items()}
             self._known, self._agreed = (), False
 
+    def _check_owners(self) -> None:
+        """Check that plain parameters that have state were not replaced by DTensors.
+
+        Raises:
+            ValueError: they were. Their moments would be lost without a word, and held for nothing.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(map(local.is_dtensor, params)) and not any(self.state.get(param) for param in params):
+            plain = sum(bool(state) and not local.is_dtensor(param) for param, state in self.state.items())
+            if plain:
+                raise ValueError(
+                    f"state is of {plain} parameters that are in no param group, where DTensors have taken their "
+                    "place, as in accelerate's prepare under FSDP2; accepted: load_state_dict or "
+                    "accelerator.load_state after that, or optimizer.state.clear() to begin with new moments"
+                )
+
     def _moments_by_param(self) -> dict[Tensor, str]:
         """The setting of every parameter's group."""
         return {param: group["moments"] for group in self.param_groups for param in group["params"]}

@@ -267,14 +267,14 @@ class Stepper:
         prepared = self._prepared.get(param)
         known = state is not None and prepared is not None and prepared.fits(param, state, moments, master)
         if not known:
+            if is_dtensor(param):  # which a plain parameter may have been when it was taken
+                check_dtensor(param, moments, label)
             if (partition.layout(param).block_size == FLAT_BLOCK_SIZE) != (moments == FLAT):
                 raise ValueError(
                     f"{label}: moments is {moments!r}, and its blocks were cut for another setting; accepted: the one "
                     "that its param group had when the optimizer first saw it"
                 )
             inputs.check_param(param, label)
-            if is_dtensor(param):
-                check_dtensor(param, moments, label)
         if not is_plain_gradient(param, grad):
             inputs.check_gradient(param, grad, label)
         if not known:

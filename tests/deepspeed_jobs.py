@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from lowmem_adam import AdamW8bit
-from tests.launching import ROOT
-
-NEEDS_DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))),
-    reason="needs DeepSpeed, and a C++ compiler, with which it builds its collectives for the CPU",
-)
+from tests.launching import deepspeed_environment, extensions_folder, path_with_scripts, to_its_end
 
 WIDTH, HIDDEN = 256, 512
 BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
@@ -40,7 +31,7 @@ def begin(rank: int) -> None:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "DS_ACCELERATOR": "cpu"}
     variables |= {"LOCAL_SIZE": dist.get_world_size(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     os.environ |= {name: str(value) for name, value in variables.items()}
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    os.environ |= {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "PATH": path_with_scripts()}
     os.environ["DEEPSPEED_LOG_LEVEL"] = "error"
 
 
@@ -126,11 +117,7 @@ def convert(folder: Path, tag: str) -> str:
     made = f"{tag}_universal"
     tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     folders = ["--input_folder", str(folder / tag), "--output_folder", str(folder / made)]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    finished = subprocess.run(
-        [*tool, *folders, *workers], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    finished = to_its_end([*tool, *folders, *workers], deepspeed_environment())
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return made

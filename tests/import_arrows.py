@@ -15,6 +15,7 @@ RANKS = {
     "dynamic_map": 1,
     "kernels": 2,
     "settings": 2,
+    "cores": 1,
     "local": 1,
     "looks": 1,
     "wrapped": 1,

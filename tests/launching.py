@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil  # accelerate brings it
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 200.0
@@ -28,8 +32,67 @@ def cpu_environment() -> dict[str, str]:
     return kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def accelerate_launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch`` with its output; the caller looks at the status.
+def extensions_folder() -> Path:
+    """Where DeepSpeed builds its helper for processes on a CPU, once for all tests and runs: that takes 30 s."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    name = f"torch_extensions-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}"
+    return Path(root) if root else ROOT / ".cache" / name
+
+
+def deepspeed_environment() -> dict[str, str]:
+    """As ``cpu_environment``, for DeepSpeed, which accelerate leaves out where ACCELERATE_USE_CPU is set."""
+    environment = cpu_environment() | {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
+        "PATH": path_with_scripts(),
+    }
+    del environment["ACCELERATE_USE_CPU"]
+    return environment
+
+
+def path_with_scripts() -> str:
+    """The PATH, and what was installed beside this Python, as ninja may be."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+
+
+def why_no_deepspeed() -> str | None:
+    """Why DeepSpeed cannot be started on a CPU here; None where nothing speaks against it."""
+    for package in ("deepspeed", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    for tool in (os.environ.get("CXX", "c++"), "ninja"):
+        if shutil.which(tool, path=path_with_scripts()) is None:
+            return f"DeepSpeed builds a helper for processes on a CPU, and there is no {tool} on the PATH"
+    return None
+
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(why_no_deepspeed() is not None, reason=why_no_deepspeed() or "")
+
+
+def free_port() -> int:
+    """Below those that a system hands out itself, or a connection of another test may get it before the launchers."""
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def accelerate_launch(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` to its end; in the environment of ``cpu_environment`` where none is given."""
+    return to_its_end([sys.executable, "-m", "accelerate.commands.launch", *arguments], environment)
+
+
+def run_torchrun(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """``torchrun`` to its end; in the environment of ``cpu_environment`` where none is given."""
+    return to_its_end([sys.executable, "-m", "torch.distributed.run", *arguments], environment)
+
+
+def to_its_end(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.CompletedProcess[str]:
+    """A launcher with its output; the caller looks at the status.
 
     One that hangs is ended with all the processes it started: these are looked up by parentage, since torchrun gives
     each worker a session of its own, and one that lives on would hold the pipes open.
@@ -37,13 +100,13 @@ def accelerate_launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     Raises:
         AssertionError: it did not end in time; carries what it had written.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=cpu_environment(),
+        cwd=ROOT,
+        env=cpu_environment() if environment is None else dict(environment),
     ) as process:
         try:
             stdout, stderr = process.communicate(timeout=SECONDS)
@@ -95,12 +158,3 @@ def wait_until(condition: Callable[[], bool], what: str, logs: Sequence[Path] = 
         written = "\n".join(log.read_text(errors="replace") for log in logs if time.monotonic() > deadline)
         assert time.monotonic() < deadline, f"{what}: not within {SECONDS:g} s\n{written}"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """Below those that a system hands out itself, or a connection of another test may get it before the launchers."""
-    for port in random.sample(range(20000, 32768), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")

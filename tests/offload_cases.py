@@ -454,10 +454,10 @@ def case_a_device_that_disappears_is_an_error() -> None:
 
 def case_one_thread_is_warned_of_once() -> None:
     offloaded, _ = pair()
-    with mock.patch("os.sched_getaffinity", return_value=set(range(8))), warnings.catch_warnings(record=True) as seen:
+    with mock.patch("lowmem_adam.cores.usable_cores", return_value=8), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         take(offloaded, range(2))
     said = [str(warning.message) for warning in seen if "one thread of 8" in str(warning.message)]
     assert len(said) == 1
-    for words in ("OMP_NUM_THREADS=8", "--num_cpu_threads_per_process 8", "torch.set_num_threads(8)"):
+    for words in ("set_threads()", "OMP_NUM_THREADS=8", "--num_cpu_threads_per_process 8", "torch.set_num_threads(8)"):
         assert words in said[0]

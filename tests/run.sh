@@ -30,8 +30,8 @@ again=()
 for name in package environment native_isas configs multi_node foreign foreign_refusals checkpoint bench_low_precision \
     bench_sharding bench_offload bench_gpu bench_host_time gpu gpu_exact gpu_code gpu_interpreted \
     interpreted_optimizer triton compile compile_operator \
-    shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups sim_device \
-    offload out_of_memory in_backward in_backward_ranks \
+    accelerate accelerate_launch threads shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups \
+    sim_device offload out_of_memory in_backward in_backward_ranks \
     in_backward_refusals reference rounding codec layout peer_formats peer_free_running parity_short; do
     again+=(--ignore "tests/test_$name.py")
 done

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.deepspeed_jobs import NEEDS_DEEPSPEED, begin
+from tests.deepspeed_jobs import begin
 from tests.kernel_cases import without_library
+from tests.launching import NEEDS_DEEPSPEED
 from tests.ranks import NEEDS_GLOO, on_ranks
 
 pytest.importorskip("rich", reason="the benchmark prints tables")

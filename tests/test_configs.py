@@ -1,5 +1,9 @@
-"""The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed."""
+"""The accelerate configurations: read by accelerate's own loader, and started for real where no GPU is needed.
 
+test_accelerate_launch.py starts those of DeepSpeed and FSDP2.
+"""
+
+import json
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,11 @@ EXPECTED = {
     "gpu_1": (DistributedType.NO, False, 1, 1),
     "gpu_multi": (DistributedType.MULTI_GPU, False, 1, 8),
     "multi_node": (DistributedType.MULTI_GPU, False, 2, 16),
+    "deepspeed_zero1": (DistributedType.DEEPSPEED, False, 1, 8),
+    "deepspeed_zero1_offload": (DistributedType.DEEPSPEED, False, 1, 8),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, False, 1, 8),
+    "deepspeed_zero2_offload": (DistributedType.DEEPSPEED, False, 1, 8),
+    "fsdp2": (DistributedType.FSDP, False, 1, 8),
 }
 
 # One unbuffered write a rank: the lines of two ranks do not mix.
@@ -60,6 +69,35 @@ def test_accelerate_reads_the_config(name: str) -> None:
     assert isinstance(config, ClusterConfig)
     assert (config.distributed_type, config.use_cpu, config.num_machines, config.num_processes) == EXPECTED[name]
     assert config.num_processes % config.num_machines == 0
+
+
+def test_deepspeed_configs_differ_in_stage_and_offload_only() -> None:
+    """And name our optimizer, with all that it takes for DeepSpeed and accelerate not to put another in its place."""
+    read = {}
+    for name in EXPECTED:
+        config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+        if config.distributed_type == DistributedType.DEEPSPEED:
+            path = Path(config.deepspeed_config["deepspeed_config_file"])
+            assert path == Path("launch/configs", f"{name}.json")  # commands are given from the repository's folder
+            read[name] = json.loads((CONFIGS / path.name).read_text(encoding="utf-8"))
+    read["deepspeed_client"] = json.loads((CONFIGS / "deepspeed_client.json").read_text(encoding="utf-8"))
+    assert {path.stem for path in CONFIGS.glob("*.json")} == set(read)
+    kinds = {}
+    for name, config in read.items():
+        zero = config.pop("zero_optimization")
+        kinds[name] = (zero["stage"], zero.get("offload_optimizer", {}).get("device", "none"))
+        optimizer = {"type": "AdamW8bit", "params": {"lr": "auto", "weight_decay": "auto"}}
+        assert config.pop("optimizer", None) == (None if name == "deepspeed_client" else optimizer)
+        assert config["zero_allow_untested_optimizer"] is True
+        assert config["zero_force_ds_cpu_optimizer"] is False
+        assert config == read["deepspeed_zero1"]
+    assert kinds == {
+        "deepspeed_zero1": (1, "none"),
+        "deepspeed_zero1_offload": (1, "cpu"),
+        "deepspeed_zero2": (2, "none"),
+        "deepspeed_zero2_offload": (2, "cpu"),
+        "deepspeed_client": (2, "cpu"),
+    }
 
 
 def test_cpu_2_starts_two_processes_that_know_of_one_another(script: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from lowmem_adam import kernels
-from tests.deepspeed_jobs import BF16, BY_NAME, NEEDS_DEEPSPEED, base_of, begin, digest, engine_of, train, zero
+from tests.deepspeed_jobs import BF16, BY_NAME, base_of, begin, digest, engine_of, train, zero
 from tests.kernel_cases import without_library
+from tests.launching import NEEDS_DEEPSPEED
 from tests.ranks import NEEDS_GLOO, on_ranks
 
 pytestmark = [NEEDS_GLOO, NEEDS_DEEPSPEED]

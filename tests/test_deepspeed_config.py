@@ -13,7 +13,8 @@ import torch
 
 from lowmem_adam import AdamW8bit
 from lowmem_adam.integrations.deepspeed import OPTIMIZERS, check_config, register
-from tests.deepspeed_jobs import BASE, BF16, BY_NAME, NEEDS_DEEPSPEED, begin, engine_of, train, without_the_import, zero
+from tests.deepspeed_jobs import BASE, BF16, BY_NAME, begin, engine_of, train, without_the_import, zero
+from tests.launching import NEEDS_DEEPSPEED
 from tests.ranks import NEEDS_GLOO, on_ranks
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.deepspeed_jobs import NEEDS_DEEPSPEED, convert
-from tests.launching import ROOT, deepspeed_environment, run_torchrun
+from tests.deepspeed_jobs import convert
+from tests.launching import NEEDS_DEEPSPEED, ROOT, deepspeed_environment, run_torchrun
 from tests.ranks import NEEDS_GLOO
 
 pytest.importorskip("accelerate")

@@ -18,7 +18,6 @@ from lowmem_adam.state import FULL_KEYS
 from tests.deepspeed_jobs import (
     BF16,
     BY_NAME,
-    NEEDS_DEEPSPEED,
     base_of,
     begin,
     convert,
@@ -28,6 +27,7 @@ from tests.deepspeed_jobs import (
     train,
     zero,
 )
+from tests.launching import NEEDS_DEEPSPEED
 from tests.ranks import NEEDS_GLOO, on_ranks
 
 pytestmark = [NEEDS_GLOO, NEEDS_DEEPSPEED]

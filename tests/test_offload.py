@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lowmem_adam import AdamW8bit, offload
+from lowmem_adam import AdamW8bit, cores, offload
 from tests import host_gradient_cases, host_gradient_fault_cases, in_backward_cases, offload_cases, sim_device
 from tests.cases import DTYPES, SHAPES, assert_same_bits, everything, make_params, train
 from tests.sim_device import running
@@ -60,7 +60,7 @@ def test_copies_of_an_optimizer_are_offloaded_too() -> None:
 
 
 def test_one_thread_is_all_there_is_where_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with warnings.catch_warnings():

@@ -15,7 +15,8 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 import lowmem_adam.integrations.deepspeed  # noqa: F401 (registers the names)
 from lowmem_adam import AdamW8bit
 from lowmem_adam.integrations.transformers import with_arguments
-from tests.deepspeed_jobs import NEEDS_DEEPSPEED, begin
+from tests.deepspeed_jobs import begin
+from tests.launching import NEEDS_DEEPSPEED
 from tests.ranks import NEEDS_GLOO, on_ranks
 from tests.shard_jobs import raised
 from tests.trainer_cases import END, SAVED, Recorder, one_of, trainer_of
