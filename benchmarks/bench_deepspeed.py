@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.bench_step_time import native
 from benchmarks.step_contestants import CODED_ERROR
+from benchmarks.step_timing import TRIAD, bandwidth_row, bandwidth_runs
 from lowmem_adam import AdamW8bit, kernels
 from tests.oracle import TextbookAdam
 
@@ -156,17 +157,30 @@ def whose_kernel() -> str:
     return called[0]
 
 
-def measure(rows: int, rounds: int, names: tuple[str, ...] = tuple(BLOCKS)) -> list[dict[str, Any]]:
-    """Medians of all contestants, with ratios to DeepSpeedCPUAdam where it is among them."""
+def measure(
+    rows: int, rounds: int, names: tuple[str, ...] = tuple(BLOCKS), stream: int = 1 << 26
+) -> list[dict[str, Any]]:
+    """Medians of all contestants, with ratios to DeepSpeedCPUAdam where it is among them, and the memory's bandwidth.
+
+    Args:
+        rows: of the matrices, of 1,024 elements each.
+        rounds: how often each contestant steps.
+        names: of the contestants.
+        stream: elements of the arrays by which the bandwidth is measured, once a round.
+    """
     errors = {name: displacement_error(name) for name in names}
     for name, error in errors.items():
         assert error <= ALLOWED[name], f"{name} is off the textbook by {error:g}; allowed: {ALLOWED[name]:g}"
     engines = {name: Contestant(name, rows) for name in names}
     whole: dict[str, list[float]] = {name: [] for name in names}
+    triad, streamed = bandwidth_runs(stream)[TRIAD], []
     for round_ in range(rounds + 2):
         order = list(names)[round_ % len(names) :] + list(names)[: round_ % len(names)]
         for name in order if round_ % 2 else reversed(order):
             whole[name].append(engines[name].step(scale_of(round_)))
+        start = time.perf_counter()
+        triad()
+        streamed.append(time.perf_counter() - start)
     base = THEIRS if THEIRS in names else names[0]
     steady = {name: engine.seconds[2:] for name, engine in engines.items()}
     return [
@@ -182,6 +196,7 @@ def measure(rows: int, rounds: int, names: tuple[str, ...] = tuple(BLOCKS)) -> l
             "state_bytes": engine.state_bytes(),
             "error": errors[name],
             "base": base,
+            "triad_gb_s": bandwidth_row(TRIAD, streamed[2:], stream)["allocating_gb_s"],
         }
         for name, engine in engines.items()
     ]
@@ -207,7 +222,8 @@ def main(
         start(folder)
         kernel = whose_kernel()
         sizes = (1 << 8,) if quick else (1 << 15, 1 << 17)
-        found = [row for rows in sizes for row in measure(rows, 3 if quick else 25)]
+        stream = 1 << (16 if quick else 26)
+        found = [row for rows in sizes for row in measure(rows, 3 if quick else 25, stream=stream)]
         dist.destroy_process_group()
     report(found, kernel, quick, output, name)
     ours = [row for row in found if row["name"] == OURS]
@@ -218,8 +234,9 @@ def main(
 def report(found: Sequence[Mapping[str, Any]], kernel: str, quick: bool, output: Path, name: str) -> None:
     """The table and the files."""
     header = ["parameters", "optimizer", "ns/parameter", "5%", "95%", "ratio, of medians", "ratio, median of rounds"]
-    header += ["engine's step, ratio", "state, bytes/parameter", "error"]
-    keys = ("parameters", "name", "ns", "p5", "p95", "ratio", "ratio_of_rounds", "engine_ratio", "state_bytes", "error")
+    header += ["engine's step, ratio", "state, bytes/parameter", "error", "triad, GB/s"]
+    keys = ["parameters", "name", "ns", "p5", "p95", "ratio", "ratio_of_rounds", "engine_ratio", "state_bytes", "error"]
+    keys += ["triad_gb_s"]
     cells = [[row[key] for key in keys] for row in found]
     title = "Step under DeepSpeed with offload_optimizer" + (" (quick run, not to be quoted)" if quick else "")
     harness.print_table(title, header, cells)

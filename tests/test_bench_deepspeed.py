@@ -25,10 +25,10 @@ def measured(rank: int, folder: Path) -> dict[str, Any]:
     from benchmarks.bench_deepspeed import OURS, TORCH
 
     found: dict[str, Any] = {"kernel": bench_deepspeed.whose_kernel()}
-    found["rows"] = bench_deepspeed.measure(256, 2, (OURS, TORCH))
+    found["rows"] = bench_deepspeed.measure(256, 2, (OURS, TORCH), 1 << 16)
     bench_deepspeed.ALLOWED[OURS] = 1e-5
     try:
-        bench_deepspeed.measure(256, 2, (OURS,))
+        bench_deepspeed.measure(256, 2, (OURS,), 1 << 16)
     except AssertionError as error:
         found["refused"] = str(error)
     return found
@@ -41,4 +41,5 @@ def test_in_short(tmp_path: Path) -> None:
     assert ours["state_bytes"] == pytest.approx(2 + 2 / 128, abs=1e-3)
     assert torchs["state_bytes"] == pytest.approx(8, abs=1e-3)
     assert torchs["ratio"] == pytest.approx(torchs["ns"] / ours["ns"])
+    assert ours["triad_gb_s"] > 0
     assert "AdamW8bit is off the textbook" in found["refused"]
