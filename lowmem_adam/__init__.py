@@ -4,6 +4,9 @@ from lowmem_adam.ddp import reduce_scatter_hook
 from lowmem_adam.in_backward import step_in_backward
 from lowmem_adam.optimizer import Adam8bit, AdamW8bit
 
+# The function takes the name of its module, which stays importable: from lowmem_adam.profile import Profile.
+from lowmem_adam.profile import profile
+
 __version__ = "0.1.0"
 
-__all__ = ["Adam8bit", "AdamW8bit", "__version__", "reduce_scatter_hook", "step_in_backward"]
+__all__ = ["Adam8bit", "AdamW8bit", "__version__", "profile", "reduce_scatter_hook", "step_in_backward"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowmem_adam.host_gradients import may_be_reduced_later, several_processes
 from lowmem_adam.offload import on_device
 from lowmem_adam.optimizer import Adam8bit
+from lowmem_adam.phases import NOBODY
 from lowmem_adam.shard import Partition
 from lowmem_adam.stand_ins import SteppedGradient, local_part, place_like
 from lowmem_adam.stepping import refuse_capture
@@ -50,9 +51,9 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
             accumulation over several passes and its ``GradScaler``; ``nonfinite="error"``, which checks all gradients
             first; gradients that are there already; a model of which the optimizer has no parameter, or whose
             parameters another optimizer steps in this way.
-        RuntimeError: the optimizer steps in backward passes already. Later, from where it is tried: a second gradient
-            for a parameter before ``zero_grad()`` and whatever else reads gradients, ``clip_grad_norm_``,
-            ``GradScaler``.
+        RuntimeError: the optimizer steps in backward passes already, or is being profiled. Later, from where it is tried:
+            a second gradient for a parameter before ``zero_grad()`` and whatever else reads gradients,
+            ``clip_grad_norm_``, ``GradScaler``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; accepted: a torch.nn.Module")
@@ -61,6 +62,10 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
         raise TypeError(f"optimizer is a {type(own).__name__}; accepted: Adam8bit, AdamW8bit")
     if own._in_backward is not None:
         raise RuntimeError("the optimizer steps in backward passes already; accepted: remove() of that handle first")
+    if own._stepper.listener is not NOBODY:
+        raise RuntimeError(
+            "the optimizer is being profiled, which sees step() alone; accepted: the end of profile first"
+        )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "model is a DistributedDataParallel, which reduces gradients after their parameters' hooks and keeps all "

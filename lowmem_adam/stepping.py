@@ -20,6 +20,7 @@ from lowmem_adam.kernels.tables import capturing
 from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.local import check_dtensor, is_dtensor, local, local_gradient
 from lowmem_adam.offload import Offload
+from lowmem_adam.phases import NOBODY, TRANSFER, Listener
 from lowmem_adam.prepared import Prepared, is_plain_gradient
 from lowmem_adam.repeating import Repeat
 from lowmem_adam.shard import Partition, read
@@ -51,6 +52,7 @@ class Stepper:
         """Identifies whose gradients were stepped."""
         self.skipped: dict[torch.device, Tensor | int] = {}
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
+        self.listener: Listener = NOBODY
         self._prepared: dict[Tensor, Prepared] = {}
         self._checked: dict[int, tuple[object, ...]] = {}
         self._repeat: Repeat | None = None
@@ -115,7 +117,7 @@ class Stepper:
             records = _Records(group, factor)
             for index, step in repeat.records(group_index):
                 scalars.append(records.at_step(step, label_of(group, group_index, index)))
-        repeat.step(scalars, self.skipped)
+        repeat.step(scalars, self.skipped, self.listener)
         self._in_vain = -1  # the end of this one adds one
         return True
 
@@ -344,8 +346,9 @@ class Stepper:
             partition: who steps what.
         """
         if self.gradients is not None:
+            self.listener.now(TRANSFER)
             self.gradients.descents.settle()  # also those that nobody waits for: their buffers are the step's now
-        updating.update(tasks, partition, self.offload, self.skipped)
+        updating.update(tasks, partition, self.offload, self.skipped, self.listener)
 
 
 def refuse_capture() -> None:

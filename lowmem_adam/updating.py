@@ -17,6 +17,7 @@ from lowmem_adam import kernels
 from lowmem_adam.kernels.fragment import AnyWork, DeviceRates, DeviceSettings, DeviceStep, Fragment, StepScalars
 from lowmem_adam.local import local
 from lowmem_adam.offload import AHEAD, Offload, Part, Passage, in_chunks, on_device
+from lowmem_adam.phases import CHECK, GATHER, NOBODY, STEP, TRANSFER, Listener
 from lowmem_adam.prepared import Prepared
 from lowmem_adam.shard import Bucket, Gather, Partition, Piece, write
 
@@ -58,7 +59,9 @@ Skipped = MutableMapping[torch.device, Tensor | int]
 """Blocks left out for a non-finite gradient, by the device that counts them."""
 
 
-def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None, skipped: Skipped) -> None:
+def update(
+    tasks: Sequence[Task], partition: Partition, offload: Offload | None, skipped: Skipped, listener: Listener
+) -> None:
     """Step this rank's shard and gather everybody's.
 
     Args:
@@ -66,9 +69,11 @@ def update(tasks: Sequence[Task], partition: Partition, offload: Offload | None,
         partition: who steps what.
         offload: the way to the host; None where moments lie with their parameters.
         skipped: is added to.
+        listener: is told of the phases.
     """
-    flow = Flow(partition, offload, skipped)
-    for stage in _stages(tasks, partition, offload):
+    listener.now(CHECK)
+    flow = Flow(partition, offload, skipped, listener)
+    for stage in _stages(tasks, partition, offload, listener):
         flow.put(stage)
     flow.finish()
     count(tasks)
@@ -95,14 +100,19 @@ class Flow:
         partition: who steps what.
         offload: the way to the host; None where moments lie with their parameters.
         skipped: is added to.
+        listener: is told of the phases.
     """
 
-    def __init__(self, partition: Partition, offload: Offload | None, skipped: Skipped) -> None:
-        self._partition, self._offload, self._skipped = partition, offload, skipped
+    def __init__(
+        self, partition: Partition, offload: Offload | None, skipped: Skipped, listener: Listener = NOBODY
+    ) -> None:
+        self._partition, self._offload, self._skipped, self._listener = partition, offload, skipped, listener
         self._begun: deque[Stage] = deque()
         self._gathers: deque[tuple[Gather, int]] = deque()
         if offload is not None:
+            listener.now(TRANSFER)
             offload.begin()
+            listener.now(CHECK)
 
     def put(self, stage: Stage) -> None:
         """Add a stage, and step the oldest once enough of the next ones have been begun."""
@@ -115,33 +125,43 @@ class Flow:
         while self._begun:
             self._step_next()
         if self._offload is not None:
+            self._listener.now(TRANSFER)
             self._offload.join()
         while self._gathers:
+            self._listener.now(GATHER)
             self._gathers.popleft()[0].wait()
+        self._listener.now(CHECK)
 
     def _step_next(self) -> None:
         stage = self._begun.popleft()
-        _step(stage, self._skipped)
+        _step(stage, self._skipped, self._listener)
         bucket = stage.completes
         if bucket is None or self._partition.world.size == 1:
             return
         if self._offload is not None:
+            self._listener.now(TRANSFER)
             self._offload.join()
+        self._listener.now(GATHER)
         while self._gathers and bucket.copied + sum(held for _, held in self._gathers) > self._partition.bucket_bytes:
             self._gathers.popleft()[0].wait()
         self._gathers.append((Gather(bucket, self._partition), bucket.copied))
+        self._listener.now(CHECK)
 
 
-def _stages(tasks: Sequence[Task], partition: Partition, offload: Offload | None) -> Iterator[Stage]:
+def _stages(
+    tasks: Sequence[Task], partition: Partition, offload: Offload | None, listener: Listener
+) -> Iterator[Stage]:
     """The stages of this rank's shard in order; those by way of the host are on their way when they are returned."""
     by_id = {id(task.param): task for task in tasks}  # hashing a tensor takes longer than that
     for bucket in partition.buckets:
         pieces = bucket.pieces[partition.world.rank]
         work = [(piece, task) for piece in pieces if (task := by_id.get(id(piece.param))) is not None]
-        yield from stages_of(work, offload, bucket)
+        yield from stages_of(work, offload, bucket, listener)
 
 
-def stages_of(work: Sequence[tuple[Piece, Task]], offload: Offload | None, completes: Bucket | None) -> Iterator[Stage]:
+def stages_of(
+    work: Sequence[tuple[Piece, Task]], offload: Offload | None, completes: Bucket | None, listener: Listener = NOBODY
+) -> Iterator[Stage]:
     """The stages of some pieces; the last of them completes a bucket, where one is given."""
     here: list[tuple[Piece, Task]] = []
     elsewhere: dict[torch.device, list[tuple[Piece, Task]]] = {}
@@ -152,16 +172,20 @@ def stages_of(work: Sequence[tuple[Piece, Task]], offload: Offload | None, compl
             elsewhere.setdefault(task.param.device, []).append((piece, task))
     for of_device in elsewhere.values():
         assert offload is not None
-        yield from _by_way_of_host(of_device, offload)
+        yield from _by_way_of_host(of_device, offload, listener)
     if here or completes is not None:
         yield Stage(here, None, completes)
 
 
-def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload) -> Iterator[Stage]:
+def _by_way_of_host(work: Sequence[tuple[Piece, Task]], offload: Offload, listener: Listener) -> Iterator[Stage]:
     sizes = [(piece, sum(t.element_size() for t in on_device(task.param, task.grad))) for piece, task in work]
     for chunk in in_chunks(sizes, offload.buffer_bytes):
         pieces = [(piece, work[index][1]) for index, piece in chunk]
-        yield Stage(pieces, offload.fetch([_part(piece, task) for piece, task in pieces]), None)
+        parts = [_part(piece, task) for piece, task in pieces]
+        listener.now(TRANSFER)
+        passage = offload.fetch(parts)
+        listener.now(CHECK)
+        yield Stage(pieces, passage, None)
 
 
 def _part(piece: Piece, task: Task) -> Part:
@@ -170,22 +194,27 @@ def _part(piece: Piece, task: Task) -> Part:
     return Part(task.prepared.param, task.grad.detach(), start, stop)
 
 
-def _step(stage: Stage, skipped: Skipped) -> None:
+def _step(stage: Stage, skipped: Skipped, listener: Listener) -> None:
     calls: dict[tuple[str, torch.device], list[AnyWork]] = {}
     copies: list[tuple[Piece, Tensor]] = []
     if stage.passage is not None:
+        listener.now(TRANSFER)
         stage.passage.wait()
+        listener.now(CHECK)
     for index, (piece, task) in enumerate(stage.work):
         fragment = _fragment(piece, task, None if stage.passage is None else stage.passage.fetched[index])
         if fragment.cache is None:
             copies.append((piece, fragment.param))
         calls.setdefault((task.backend, fragment.param.device), []).append((fragment, _scalars(task)))
+    listener.now(STEP)
     for (backend, device), fragments in calls.items():
         add_skipped(skipped, device, kernels.BACKENDS[backend](fragments))
     if stage.passage is not None:
+        listener.now(TRANSFER)
         stage.passage.send_back()
     for piece, values in copies:
         write(piece.param, piece.start, piece.stop, values)
+    listener.now(CHECK)
 
 
 def add_skipped(skipped: Skipped, device: torch.device, left_out: Tensor | int) -> None:

@@ -42,3 +42,13 @@ def ask_the_optimizer(cls: type) -> None:
             asked = Asked()
             asked.__set_name__(cls, name)
             setattr(cls, name, asked)
+
+
+def inner_of(optimizer: Any) -> Any:
+    """The optimizer that wrappers hold, such as accelerate's, Lightning's and DeepSpeed's; what is none, as it is."""
+    while True:
+        held = getattr(optimizer, "__dict__", {})
+        inner = held.get("_optimizer", held.get("optimizer"))
+        if inner is None:
+            return optimizer
+        optimizer = inner

@@ -11,6 +11,7 @@ PACKAGE = "lowmem_adam"
 RANKS = {
     "layout": 0,
     "callers": 0,
+    "phases": 0,
     "codec": 1,
     "dynamic_map": 1,
     "kernels": 2,
@@ -49,6 +50,7 @@ RANKS = {
     PACKAGE: 5,
     "integrations": 5,
     "plan": 5,
+    "profile_plot": 4,
     "profile": 5,
     "commands": 6,
     "cli": 7,
