@@ -51,8 +51,8 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
             accumulation over several passes and its ``GradScaler``; ``nonfinite="error"``, which checks all gradients
             first; gradients that are there already; a model of which the optimizer has no parameter, or whose
             parameters another optimizer steps in this way.
-        RuntimeError: the optimizer steps in backward passes already, or is being profiled. Later, from where it is tried:
-            a second gradient for a parameter before ``zero_grad()`` and whatever else reads gradients,
+        RuntimeError: the optimizer steps in backward passes already, or is being profiled. Later, from where it is
+            tried: a second gradient for a parameter before ``zero_grad()`` and whatever else reads gradients,
             ``clip_grad_norm_``, ``GradScaler``.
     """
     if not isinstance(model, nn.Module):

@@ -276,13 +276,17 @@ class Profile(Listener):
             **(self._memory or self._measured()),
         }
 
+    def about(self) -> dict[str, Any]:
+        """What was profiled and where: class, settings of the first group, number of tensors, devices, versions."""
+        return _about(self._optimizer)
+
     def as_dict(self) -> dict[str, Any]:
         """All that ``export`` writes."""
         summary = self.summary()
         return {
             "format": FORMAT,
             "version": VERSION,
-            **_about(self._optimizer),
+            **self.about(),
             "summary": summary,
             "records": [asdict(record) for record in self.records],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 
 def _draw_steps(axes: Any, report: Mapping[str, Any]) -> None:
-    """Bars one upon another; a first step that makes the state and is far longer is cut off and says so."""
+    """Bars one upon another; those far above the median, such as a first step's, are cut off and the title says so."""
     records = report["records"]
     steps = [record["step"] for record in records]
     below = [0.0] * len(records)
@@ -57,16 +58,15 @@ def _draw_steps(axes: Any, report: Mapping[str, Any]) -> None:
         if any(heights):
             axes.bar(steps, heights, bottom=below, width=0.9, color=COLOURS[phase], label=phase)
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    highest = max(below[1:] or below)
-    axes.set_ylim(0, 1.18 * highest)
-    if below[0] > 1.18 * highest:
-        text = f"step {steps[0]}: {_milliseconds(below[0] / 1e3)},\nmakes the state"
-        axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=9, color="white", weight="bold")
-        axes.texts[-1].set_bbox({"facecolor": COLOURS["check"], "edgecolor": "none", "boxstyle": "round"})
+    limit = min(1.2 * max(below), 5.0 * statistics.median(below))
+    axes.set_ylim(0, limit)
     axes.set_xlim(steps[0] - 0.6, steps[-1] + 0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)
-    _finish(axes, "Every optimizer step", "step", "milliseconds")
+    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", ncols=len(PHASES), loc="upper right", fontsize=9)
+    cut = sum(height > limit for height in below)
+    longest = f"{cut} of {len(records)} are longer than shown, step {steps[below.index(max(below))]} the longest"
+    note = f" ({longest}, {_milliseconds(max(below) / 1e3)})" if cut else ""
+    _finish(axes, f"Every optimizer step{note}", "step", "milliseconds")
 
 
 def _draw_parts(axes: Any, summary: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ def _bars(
         axes.annotate(text, (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_yticks(places, names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.55 * max(values, default=0.0) or 1.0)  # room for the texts
+    axes.set_xlim(0, 1.8 * max(values, default=0.0) or 1.0)  # room for the texts
 
 
 def _milliseconds(seconds: float) -> str:
