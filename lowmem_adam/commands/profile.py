@@ -36,13 +36,13 @@ class Job:
 
 
 def profile(
-    steps: Annotated[int, typer.Option(min=2, help="Steps; the first one makes the state.")] = 20,
-    hidden_size: Annotated[int, typer.Option(min=2, help="Of a Llama with fresh weights; needs transformers.")] = 256,
-    layers: Annotated[int, typer.Option(min=1, help="Of the Llama.")] = 4,
-    heads: Annotated[int | None, typer.Option(min=1, help="Of the Llama; hidden size / 64, if not given.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=2, help="Of the Llama.")] = 8192,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps; the first one makes the state.")] = 20,
+    hidden_size: Annotated[int, typer.Option(help="Of a Llama with fresh weights; needs transformers.")] = 256,
+    layers: Annotated[int, typer.Option(help="Of the Llama.")] = 4,
+    heads: Annotated[int | None, typer.Option(help="Of the Llama; hidden size / 64, if not given.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Of the Llama.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
     shapes: Annotated[
         str | None,
         typer.Option(help='Parameters of these shapes and no model, such as "4096x4096,4096"; gradients are random.'),
@@ -54,8 +54,8 @@ def profile(
     dtype: Annotated[str, typer.Option(help="Of parameters: float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where parameters are, such as cpu or cuda.")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="What steps; the best there is, if not given.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of this process; torch's choice, if not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, data and rounding.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Of this process; torch's choice, if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data and rounding.")] = 0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Step a copy with torch's fused AdamW in turns; takes its memory, too.")
     ] = False,
@@ -70,6 +70,18 @@ def profile(
     Ends with 2 where an option is not accepted.
     """
     try:
+        for name, number, least in (
+            ("steps", steps, 2),
+            ("hidden-size", hidden_size, 2),
+            ("layers", layers, 1),
+            ("heads", heads, 1),
+            ("vocab-size", vocab_size, 2),
+            ("seq-len", seq_len, 2),
+            ("batch-size", batch_size, 1),
+            ("threads", threads, 1),
+        ):
+            if number is not None and number < least:
+                raise ValueError(f"{name} is {number}; accepted: whole numbers from {least}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
         where = _device(device)
