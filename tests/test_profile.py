@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check_sums(records: list[StepRecord]) -> None:
         assert all(part >= 0 for part in record.parts_ns.values())
         assert sum(record.parts_ns.values()) == record.total_ns
     assert records[0].rest_ns is None
-    for before, record in zip(records, records[1:], strict=False):
+    for before, record in itertools.pairwise(records):
         assert record.rest_ns is not None
         assert record.rest_ns >= 0
         assert record.start_ns >= before.start_ns + before.total_ns + record.rest_ns
@@ -193,9 +194,15 @@ def test_a_step_that_fails_or_is_left_out_has_no_record() -> None:
 
 def test_an_error_in_the_block_ends_the_profile() -> None:
     opt = optimizer()
-    with pytest.raises(KeyError), lowmem_adam.profile(opt) as prof:
-        train(opt, params_of(opt), 3)
-        raise KeyError
+    prof = lowmem_adam.profile(opt)
+
+    def loop() -> None:
+        with prof:
+            train(opt, params_of(opt), 3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        loop()
     assert opt._stepper.listener is NOBODY
     assert prof.summary()["steps"] == 3
 
@@ -335,7 +342,7 @@ def check_trace(trace: Mapping[str, Any], records: list[StepRecord]) -> None:
         edges = [(round(bar["ts"] * 1e3), round((bar["ts"] + bar["dur"]) * 1e3)) for bar in phases]
         assert edges[0][0] == record.start_ns == round(event["ts"] * 1e3)
         assert edges[-1][1] == record.start_ns + record.total_ns == round((event["ts"] + event["dur"]) * 1e3)
-        assert all(stop == start for (_, stop), (start, _) in zip(edges, edges[1:], strict=False))
+        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(edges))
         for name, spent in record.parts_ns.items():
             assert sum(
                 stop - start for bar, (start, stop) in zip(phases, edges, strict=True) if bar["name"] == name
@@ -421,11 +428,11 @@ Invoke = Callable[..., Any]
 
 
 @pytest.fixture
-def invoke() -> Iterator[Invoke]:
+def invoke() -> Invoke:
     testing = pytest.importorskip("typer.testing")
     pytest.importorskip("rich")
     app = importlib.import_module("lowmem_adam.cli").app
-    yield lambda *arguments: testing.CliRunner().invoke(app, ["profile", *arguments], env={"COLUMNS": "200"})
+    return lambda *arguments: testing.CliRunner().invoke(app, ["profile", *arguments], env={"COLUMNS": "200"})
 
 
 SMALL = ("--hidden-size", "32", "--layers", "1", "--vocab-size", "64", "--seq-len", "8", "--batch-size", "2")
