@@ -4,7 +4,7 @@ from lowmem_adam.ddp import reduce_scatter_hook
 from lowmem_adam.in_backward import step_in_backward
 from lowmem_adam.optimizer import Adam8bit, AdamW8bit
 
-# The function takes the name of its module, which stays importable: from lowmem_adam.profile import Profile.
+# From here on this name is the function's and no more its module's.
 from lowmem_adam.profile import profile
 
 __version__ = "0.1.0"

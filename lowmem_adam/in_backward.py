@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lowmem_adam.host_gradients import may_be_reduced_later, several_processes
 from lowmem_adam.offload import on_device
 from lowmem_adam.optimizer import Adam8bit
-from lowmem_adam.phases import NOBODY
 from lowmem_adam.shard import Partition
 from lowmem_adam.stand_ins import SteppedGradient, local_part, place_like
 from lowmem_adam.stepping import refuse_capture
@@ -62,7 +61,7 @@ def step_in_backward(model: nn.Module, optimizer: Adam8bit) -> StepInBackward:
         raise TypeError(f"optimizer is a {type(own).__name__}; accepted: Adam8bit, AdamW8bit")
     if own._in_backward is not None:
         raise RuntimeError("the optimizer steps in backward passes already; accepted: remove() of that handle first")
-    if own._stepper.listener is not NOBODY:
+    if own._stepper.listener is not None:
         raise RuntimeError(
             "the optimizer is being profiled, which sees step() alone; accepted: the end of profile first"
         )

@@ -16,7 +16,7 @@ from lowmem_adam.gradients import GradientOptimizer
 from lowmem_adam.host_gradients import HostGradients
 from lowmem_adam.layout import FLAT, FLAT_BLOCK_SIZE
 from lowmem_adam.offload import Offload, check_offload, check_offload_gradients
-from lowmem_adam.phases import CHECK, GATHER, OTHER
+from lowmem_adam.phases import CHECK, GATHER, NOBODY, OTHER
 from lowmem_adam.shard import Partition, World, check_bucket_cap, check_shard_group
 from lowmem_adam.shard_tensor import asked_by_checkpoint
 from lowmem_adam.state import memory_by_kind
@@ -218,7 +218,8 @@ class Adam8bit(GradientOptimizer):
             self._make_all_state()
             return None
         listener = self._stepper.listener
-        listener.begin()
+        if listener is not None:
+            listener.begin()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,7 +229,8 @@ class Adam8bit(GradientOptimizer):
         if not self._capturable and self._found_inf() > 0:
             self._use_up_gradients()
             return loss
-        listener.now(CHECK)
+        if listener is not None:
+            listener.now(CHECK)
         self._watch_gradients()
         partition = self._cut()
         if not (self._agreed and self._stepper.repeat(self.param_groups, self.state, partition, self._grad_factor)):
@@ -237,11 +239,13 @@ class Adam8bit(GradientOptimizer):
             tasks = self._stepper.begin(tasks, made, self.state, partition)
             self._stepper.update(tasks, partition)
             self._stepper.remember(self.param_groups, self.state, tasks, partition)
-        listener.now(OTHER)
+        if listener is not None:
+            listener.now(OTHER)
         self._consolidated = None
         self._use_up_gradients()
         self._warn_of_skipped()
-        listener.end()
+        if listener is not None:
+            listener.end()
         return loss
 
     # Without this mark torch's learning rate schedulers put a wrapper around a step, which sets _opt_called and nothing
@@ -250,7 +254,7 @@ class Adam8bit(GradientOptimizer):
 
     def _checked(self, partition: Partition) -> tuple[list[Task], States]:
         """Phase *check*. What one rank refuses no other rank may wait for, so it is told where ranks meet anyway."""
-        world = partition.world
+        world, listener = partition.world, self._stepper.listener or NOBODY
         tasks: list[Task] = []
         made: States = {}
         refusal: Exception | None = None
@@ -265,15 +269,15 @@ class Adam8bit(GradientOptimizer):
         if world.size > 1:
             if not self._agreed:
                 lines = agreement.describe(self.param_groups, partition, self._steps_of, gradients=True)
-                self._stepper.listener.now(GATHER)
+                listener.now(GATHER)
                 agreement.agree([*lines, *agreement.describe_settings(self.param_groups)], world, refusal)
             elif self._stops_at_nonfinite():
-                self._stepper.listener.now(GATHER)
+                listener.now(GATHER)
                 agreement.stop_together(refusal, partition.device, [world.group])
         elif self._stops_at_nonfinite():
-            self._stepper.listener.now(GATHER)
+            listener.now(GATHER)
             agreement.stop_together(refusal, partition.device, local.groups_of(partition.params))
-        self._stepper.listener.now(CHECK)
+        listener.now(CHECK)
         if refusal is not None:
             raise refusal
         self._agreed = True

@@ -1,7 +1,8 @@
 """What a step is doing, told to whoever listens: ``lowmem_adam.profile`` does, and mostly nobody.
 
-A step says by explicit calls where a phase begins; time until the next call is that phase's. Where nobody listens such
-a call is one of an empty method: six in a step that repeats the last one, none for a single tensor.
+A step says by explicit calls where a phase begins; time until the next call is that phase's. Where nobody listens it
+compares six times with None in a step that is the last one over again, and calls empty methods in others: a few for each
+kernel call, none for a single tensor.
 """
 
 from __future__ import annotations

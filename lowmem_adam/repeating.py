@@ -153,13 +153,13 @@ class Repeat:
             if record.group_index == group_index:
                 yield record.place, self._steps[record.task] + 1
 
-    def step(self, records: Sequence[StepScalars], skipped: Skipped, listener: Listener) -> None:
+    def step(self, records: Sequence[StepScalars], skipped: Skipped, listener: Listener | None) -> None:
         """Take the step, where ``fits`` has just said that it can be taken.
 
         Args:
             records: one for each that ``records`` asks for, group by group.
             skipped: is added to.
-            listener: is told of the kernel's calls.
+            listener: is told of the kernel's calls; None for nobody.
         """
         grads, self._grads = self._grads, []
         addresses = _addresses(grads)
@@ -171,9 +171,11 @@ class Repeat:
                 call.kept[switches] = {}
             own, places = [grads[task] for task in call.tasks], [addresses[task] for task in call.tasks]
             batch = Batch(call.fragments, own, places, used, call.rows, call.kept[switches])
-            listener.now(STEP)
+            if listener is not None:
+                listener.now(STEP)
             add_skipped(skipped, call.device, kernels.BACKENDS[call.backend](batch))
-            listener.now(CHECK)
+            if listener is not None:
+                listener.now(CHECK)
         self._steps = [step + 1 for step in self._steps]
         for counter, step in zip(self._counters, self._steps, strict=True):
             counter.value = step

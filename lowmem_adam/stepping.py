@@ -52,7 +52,7 @@ class Stepper:
         """Identifies whose gradients were stepped."""
         self.skipped: dict[torch.device, Tensor | int] = {}
         """Blocks of this rank's shard left out for a non-finite gradient, by device."""
-        self.listener: Listener = NOBODY
+        self.listener: Listener | None = None
         self._prepared: dict[Tensor, Prepared] = {}
         self._checked: dict[int, tuple[object, ...]] = {}
         self._repeat: Repeat | None = None
@@ -346,9 +346,9 @@ class Stepper:
             partition: who steps what.
         """
         if self.gradients is not None:
-            self.listener.now(TRANSFER)
+            (self.listener or NOBODY).now(TRANSFER)
             self.gradients.descents.settle()  # also those that nobody waits for: their buffers are the step's now
-        updating.update(tasks, partition, self.offload, self.skipped, self.listener)
+        updating.update(tasks, partition, self.offload, self.skipped, self.listener or NOBODY)
 
 
 def refuse_capture() -> None:

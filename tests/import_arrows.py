@@ -51,6 +51,7 @@ RANKS = {
     "integrations": 5,
     "plan": 5,
     "profile_plot": 4,
+    "profiling": 5,
     "profile": 5,
     "commands": 6,
     "cli": 7,

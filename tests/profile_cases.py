@@ -6,7 +6,7 @@ import torch
 
 import lowmem_adam
 from lowmem_adam import AdamW8bit
-from lowmem_adam.profile import Profile
+from lowmem_adam.profiling import Profile
 from tests import sim_device as sim
 from tests.cases import FEW, assert_same_bits, copied, make_params, params_of
 from tests.offload_cases import BUCKET, WIDE, on_device, optimizer, pair, random_delays, set_gradients, take, values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import lowmem_adam
-from lowmem_adam import AdamW8bit, kernels, step_in_backward
-from lowmem_adam.phases import NOBODY, PHASES
-from lowmem_adam.profile import Profile, StepRecord
+from lowmem_adam import AdamW8bit, kernels, profiling, step_in_backward
+from lowmem_adam.phases import PHASES
+from lowmem_adam.profiling import Profile, StepRecord
 from lowmem_adam.state import MASTER_KEYS
 from tests import profile_cases, sim_device
 from tests.cases import FEW, SHAPES, assert_same_bits, everything, make_params, params_of, set_gradients, train
 from tests.ranks import NEEDS_GLOO, on_ranks
 from tests.sim_device import running
 
-MODULE = importlib.import_module("lowmem_adam.profile")
 REASON = sim_device.why_unavailable()
 
 
@@ -106,7 +106,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000_000
-        monkeypatch.setattr(MODULE, "perf_counter_ns", lambda: self.now)
+        monkeypatch.setattr(profiling, "perf_counter_ns", lambda: self.now)
 
     def passing(self, nanoseconds: int, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call, which then takes so long."""
@@ -167,7 +167,7 @@ def test_a_block_that_is_entered_again_goes_on(clock: Clock) -> None:
         with prof:
             train(opt, params_of(opt), 2, start=2 * block)
             clock.now += 100
-        assert opt._stepper.listener is NOBODY
+        assert opt._stepper.listener is None
         train(opt, params_of(opt), 1)  # is not recorded
     assert [(record.step, record.rest_ns) for record in prof.records] == [(1, None), (2, 0), (3, None), (4, 0)]
     assert [record.start_ns for record in prof.records] == [0, 0, 100, 100]
@@ -203,7 +203,7 @@ def test_an_error_in_the_block_ends_the_profile() -> None:
 
     with pytest.raises(KeyError):
         loop()
-    assert opt._stepper.listener is NOBODY
+    assert opt._stepper.listener is None
     assert prof.summary()["steps"] == 3
 
 
@@ -392,11 +392,20 @@ def test_plot(tmp_path: Path) -> None:
 
 
 def test_the_name_is_the_functions() -> None:
+    """However often its module is imported."""
+    module = importlib.import_module("lowmem_adam.profile")
     from lowmem_adam import profile
 
-    assert profile is lowmem_adam.profile is MODULE.profile
-    assert MODULE is sys.modules["lowmem_adam.profile"]
+    assert profile is lowmem_adam.profile is module.profile
+    assert module is sys.modules["lowmem_adam.profile"]
     assert "profile" in lowmem_adam.__all__
+
+
+def test_who_profiles_nothing_does_not_load_it() -> None:
+    program = "import sys, lowmem_adam; assert callable(lowmem_adam.profile); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert "lowmem_adam.profile" in loaded
+    assert not {"lowmem_adam.profiling", "lowmem_adam.profile_plot", "matplotlib"} & set(loaded)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -412,7 +421,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert opt._stepper.listener is prof
     with step_in_backward(model, opt), pytest.raises(RuntimeError, match="accepted: remove\\(\\) of its handle first"):
         prof.__enter__()
-    assert opt._stepper.listener is NOBODY
+    assert opt._stepper.listener is None
     path = tmp_path / "nothing"
     for call in (prof.summary, *(lambda to=to: to(path) for to in (prof.export, prof.chrome_trace, prof.plot))):
         with pytest.raises(

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lowmem_adam
-from lowmem_adam.profile import Profile
+from lowmem_adam.profiling import Profile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
