@@ -1,8 +1,8 @@
 """What a step is doing, told to whoever listens: ``lowmem_adam.profile`` does, and mostly nobody.
 
 A step says by explicit calls where a phase begins; time until the next call is that phase's. Where nobody listens it
-compares six times with None in a step that is the last one over again, and calls empty methods in others: a few for each
-kernel call, none for a single tensor.
+compares six times with None in a step that is the last one over again, and calls empty methods in others: a few for
+each call of the kernel, none for a single tensor.
 """
 
 from __future__ import annotations

@@ -223,6 +223,17 @@ def test_wrapped_optimizers_are_found() -> None:
         assert lowmem_adam.profile(wrapped)._optimizer is opt  # type: ignore[arg-type]
 
 
+def test_lightnings_wrappers() -> None:
+    core = pytest.importorskip("lightning.pytorch.core.optimizer")
+    fabric = pytest.importorskip("lightning.fabric.wrappers")
+    opt = optimizer()
+    for wrapped in (core.LightningOptimizer(opt), fabric._FabricOptimizer(opt, None)):
+        assert isinstance(wrapped, AdamW8bit)
+        with lowmem_adam.profile(wrapped) as prof:
+            assert opt._stepper.listener is prof
+        assert opt._stepper.listener is None
+
+
 def test_under_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
