@@ -8,7 +8,7 @@ import lowmem_adam
 from lowmem_adam import AdamW8bit
 from lowmem_adam.profiling import Profile
 from tests import sim_device as sim
-from tests.cases import FEW, assert_same_bits, copied, make_params, params_of
+from tests.cases import FEW, assert_same_bits, copied, make_params, params_of, tensors_held
 from tests.offload_cases import BUCKET, WIDE, on_device, optimizer, pair, random_delays, set_gradients, take, values
 
 
@@ -75,3 +75,23 @@ def case_parameters_in_the_devices_memory_and_one_profile_after_another() -> Non
             take(opt, range(2))
         check(prof, 2)
         assert prof._devices == [params[0].device]
+
+
+def case_steps_on_the_device_itself_are_waited_for() -> None:
+    """Without offload; the reference's step, in torch's operators."""
+    runs = []
+    for watched in (True, False):
+        opt = optimizer(on_device(make_params(WIDE[:1])), backend="reference")
+        if watched:
+            with lowmem_adam.profile(opt) as prof, random_delays():
+                for step in range(3):
+                    set_gradients(opt, step)
+                    opt.step()
+                    assert torch.accelerator.current_stream().query()
+            assert all(sum(record.parts_ns.values()) == record.total_ns for record in prof.records)
+            assert all(record.step_ns > 0 and record.transfer_ns == 0 for record in prof.records)
+            assert len(prof.records) == 3
+        else:
+            take(opt, range(3))
+        runs.append([*values(opt), *(tensor.cpu() for tensor in tensors_held(opt))])
+    assert_same_bits(runs[0], runs[1])

@@ -1,13 +1,12 @@
-"""Profiles: parts that add up, bits that stay, what is written; and the command ``lowmem-adam profile``."""
+"""Profiles: parts that add up, bits that stay, and what is written."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 import lowmem_adam
 from lowmem_adam import AdamW8bit, kernels, profiling, step_in_backward
-from lowmem_adam.phases import PHASES
 from lowmem_adam.profiling import Profile, StepRecord
-from lowmem_adam.state import MASTER_KEYS
 from tests import profile_cases, sim_device
 from tests.cases import FEW, SHAPES, assert_same_bits, everything, make_params, params_of, set_gradients, train
+from tests.profile_checks import check_sums, check_trace
 from tests.ranks import NEEDS_GLOO, on_ranks
 from tests.sim_device import running
 
@@ -37,20 +35,6 @@ def profiled(steps: int = 6, **keywords: Any) -> Profile:
     with lowmem_adam.profile(opt) as prof:
         train(opt, params_of(opt), steps)
     return prof
-
-
-def check_sums(records: list[StepRecord]) -> None:
-    """Parts are no less than nothing and add up; steps follow one another in time."""
-    for number, record in enumerate(records, 1):
-        assert record.step == number
-        assert list(record.parts_ns) == list(PHASES)
-        assert all(part >= 0 for part in record.parts_ns.values())
-        assert sum(record.parts_ns.values()) == record.total_ns
-    assert records[0].rest_ns is None
-    for before, record in itertools.pairwise(records):
-        assert record.rest_ns is not None
-        assert record.rest_ns >= 0
-        assert record.start_ns >= before.start_ns + before.total_ns + record.rest_ns
 
 
 # ---------------------------------------------------------------- records
@@ -333,36 +317,6 @@ def test_export_is_what_was_recorded(tmp_path: Path) -> None:
     assert [StepRecord(**record) for record in written["records"]] == prof.records
 
 
-def check_trace(trace: Mapping[str, Any], records: list[StepRecord]) -> None:
-    """The Trace Event Format: complete events with microseconds, those of phases inside of their step's."""
-    assert trace["displayTimeUnit"] in ("ms", "ns")
-    events: list[dict[str, Any]] = trace["traceEvents"]
-    for event in events:
-        assert isinstance(event["name"], str)
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
-        assert event["ph"] in ("X", "M", "C")
-        assert event["ph"] == "M" or event["ts"] >= 0
-        assert event["ph"] != "X" or event["dur"] >= 0
-    bars = [event for event in events if event["ph"] == "X"]
-    steps = [event for event in bars if event["cat"] == "step"]
-    assert [event["args"]["step"] for event in steps] == [record.step for record in records]
-    assert sum(event["cat"] == "rest" for event in bars) == len(records) - 1
-    for event, record in zip(steps, records, strict=True):
-        phases = [bar for bar in bars if bar["cat"] == "phase" and bar["args"]["step"] == record.step]
-        edges = [(round(bar["ts"] * 1e3), round((bar["ts"] + bar["dur"]) * 1e3)) for bar in phases]
-        assert edges[0][0] == record.start_ns == round(event["ts"] * 1e3)
-        assert edges[-1][1] == record.start_ns + record.total_ns == round((event["ts"] + event["dur"]) * 1e3)
-        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(edges))
-        for name, spent in record.parts_ns.items():
-            assert sum(
-                stop - start for bar, (start, stop) in zip(phases, edges, strict=True) if bar["name"] == name
-            ) == (spent)
-    counters = [event["args"] for event in events if event["ph"] == "C"]
-    assert counters == [record.bytes for record in records]
-    assert {event["name"] for event in events if event["ph"] == "M"} == {"process_name", "thread_name"}
-
-
 def test_chrome_trace(tmp_path: Path) -> None:
     prof = profiled()
     prof.chrome_trace(tmp_path / "trace.json")
@@ -440,101 +394,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ):
             call()
     assert not path.exists()
-
-
-# ---------------------------------------------------------------- the command
-
-Invoke = Callable[..., Any]
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    testing = pytest.importorskip("typer.testing")
-    pytest.importorskip("rich")
-    app = importlib.import_module("lowmem_adam.cli").app
-    return lambda *arguments: testing.CliRunner().invoke(app, ["profile", *arguments], env={"COLUMNS": "200"})
-
-
-SMALL = ("--hidden-size", "32", "--layers", "1", "--vocab-size", "64", "--seq-len", "8", "--batch-size", "2")
-
-
-def test_command_with_a_model(invoke: Invoke, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
-    folder = tmp_path / "new" / "folder"
-    arguments = ("--steps", "5", "--compare", "--offload", "cpu", "--output-dir", str(folder), "--json")
-    finished = invoke(*SMALL, *arguments)
-    assert finished.exit_code == 0, finished.output
-    told = json.loads(finished.stdout)
-    written = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
-    assert {name: written[name] for name in told if name != "summary"} == {
-        n: v for n, v in told.items() if n != "summary"
-    }
-    records = [StepRecord(**record) for record in written["records"]]
-    check_sums(records)
-    assert len(records) == told["summary"]["steps"] == told["compared"]["steps"] == 5
-    check_trace(json.loads((folder / "trace.json").read_text(encoding="utf-8")), records)
-    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
-    summary, compared = told["summary"], told["compared"]
-    # Embedding and head, four projections, three of the feed-forward part, three norms.
-    assert summary["parameters"] == 2 * 64 * 32 + 4 * 32**2 + 3 * 32 * 128 + 3 * 32
-    assert told["tensors"] == 12
-    assert told["settings"]["offload"] == "cpu"
-    assert 0 < summary["share_of_training"] < 1
-    # Two fp32 moments, and an fp32 counter for each tensor.
-    assert compared["total_bytes"] == 8 * summary["parameters"] + 4 * 12
-    assert compared["bytes_ratio"] == summary["total_bytes"] / compared["total_bytes"]
-    assert compared["time_ratio"] == summary["total_s"]["median"] / compared["step_s"]["median"]
-
-
-def test_command_with_shapes(invoke: Invoke) -> None:
-    arguments = ("--shapes", "64x128, 100,2x3x5", "--steps", "3", "--dtype", "bfloat16", "--threads", "1")
-    finished = invoke(*arguments, "--low-precision-update", "fp32", "--json")
-    told = json.loads(finished.stdout)
-    assert told["summary"]["parameters"] == 64 * 128 + 100 + 30
-    assert told["summary"]["bytes"][MASTER_KEYS[torch.float32]] == 4 * (64 * 128 + 100 + 30)
-    assert told["summary"]["share_of_training"] is None
-    assert told["dtypes"] == ["bfloat16"]
-    assert told["threads"] == 1
-    assert "compared" not in told
-    table = invoke(*arguments, "--compare").stdout
-    for words in (*PHASES, "whole step", "exp_avg_code", "torch.optim.AdamW(fused=True)", "8,322 parameters"):
-        assert words in table
-    assert "share of training" not in table
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--shapes", "4x0"), "shapes is '4x0', with '4x0' in it; accepted: shapes with commas"),
-        (("--shapes", "4,,5"), "shapes is '4,,5', with '' in it; accepted"),
-        (("--shapes", "4", "--dtype", "int8"), "dtype is 'int8'; accepted: float32, bfloat16, float16"),
-        (("--shapes", "4", "--moments", "7bit"), "moments is '7bit'; accepted: '8bit', '32bit', 'bnb8bit'"),
-        (("--shapes", "4", "--offload", "disk"), "offload is 'disk'; accepted: None, 'cpu'"),
-        (("--shapes", "4", "--low-precision-update", "up"), "low_precision_update is 'up'; accepted"),
-        (("--shapes", "4", "--master-bits", "20"), "master_bits is 20; accepted"),
-        (("--shapes", "4", "--device", "nothing"), "device is 'nothing'; accepted here: cpu"),
-        (("--shapes", "4", "--backend", "quick"), "backend is 'quick'; accepted"),
-        (
-            ("--hidden-size", "30", "--heads", "4"),
-            "hidden-size is 30 with 4 heads; accepted with as many: multiples of 8",
-        ),
-        (("--steps", "1"), "steps is 1; accepted: whole numbers from 2"),
-        (("--layers", "-3"), "layers is -3; accepted: whole numbers from 1"),
-        (("--threads", "0"), "threads is 0; accepted: whole numbers from 1"),
-        (("--steps", "many"), "--steps"),
-    ],
-)
-def test_command_names_what_it_does_not_accept(invoke: Invoke, arguments: tuple[str, ...], words: str) -> None:
-    finished = invoke(*arguments)
-    assert finished.exit_code == 2
-    assert words in finished.stderr
-    assert finished.stdout == ""
-
-
-def test_command_with_a_folder_that_cannot_be_made(invoke: Invoke, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("")
-    finished = invoke("--shapes", "4", "--output-dir", str(tmp_path / "file"))
-    assert finished.exit_code == 2
-    assert str(tmp_path / "file") in finished.stderr
