@@ -315,7 +315,8 @@ def _print(report: dict[str, Any]) -> None:
     summary, console = report["summary"], Console()
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items() if name in _SHOWN and value)
     console.print(f"{report['model']}: {summary['parameters']:,} parameters", highlight=False)
-    place = f"{', '.join(report['dtypes'])} on {', '.join(report['devices'])}, {report['threads']} threads"
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    place = f"{', '.join(report['dtypes'])} on {', '.join(report['devices'])}, {threads}"
     console.print(f"{report['optimizer']}, {settings}; {place}; {summary['steps']} steps", highlight=False)
     times = Table("part of a step", "median ms", "share", box=None, pad_edge=False)
     for name, figures in summary["parts_s"].items():
