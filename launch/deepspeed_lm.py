@@ -78,8 +78,10 @@ def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
     losses = {}
     while engine.global_steps < settings.steps:
         total = torch.zeros((), device=engine.device)
-        for _ in range(engine.gradient_accumulation_steps()):
-            inputs, targets = (tokens.to(engine.device) for tokens in sampler.batch(engine.micro_steps))
+        # Counted from steps: DeepSpeed's own count of batches begins anew after a load.
+        first = engine.global_steps * engine.gradient_accumulation_steps()
+        for micro in range(engine.gradient_accumulation_steps()):
+            inputs, targets = (tokens.to(engine.device) for tokens in sampler.batch(first + micro))
             loss = language_model_loss(engine, inputs, targets)
             engine.backward(loss)
             engine.step()
