@@ -42,14 +42,19 @@ def main(
 
     from lowmem_adam.integrations.deepspeed import check_config
 
-    if findings := check_config(config):
-        typer.echo("\n".join(f"{config}: {finding}" for finding in findings), err=True)
-        raise typer.Exit(2)
+    try:
+        if findings := check_config(config):
+            raise ValueError("\n".join(f"{config}: {finding}" for finding in findings))
+        if resume is not None and not resume.is_dir():
+            raise ValueError(f"--resume {resume}: no such folder")
+        settings = TrainingSettings(**options | {"data": tuple(data or ()), "output_dir": output.parent})
+    except (OSError, ValueError) as error:
+        typer.echo(f"deepspeed_lm.py: {error}", err=True)
+        raise typer.Exit(2) from error
     ds_config = json.loads(config.read_text(encoding="utf-8"))
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
-    chosen = options | {"data": tuple(data or ()), "output_dir": output.parent}
-    run(TrainingSettings(**chosen), ds_config, output)
+    run(settings, ds_config, output)
 
 
 def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
