@@ -174,8 +174,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         lines = [f"consolidated on {targets}"]
         if world.size > 1:
             lines += agreement.describe(self.param_groups, self._cut(), self._steps_of)
-        everyone = world if world.size > 1 else World.of("world")  # DTensors are put together by all
-        agreement.meet(lines, everyone, f"consolidate_state_dict(to={to})", "this call on all ranks")
+        everyone, whose = (world, " of shard_group") if world.size > 1 else (World.of("world"), "")  # of DTensors: all
+        agreement.meet(lines, everyone, f"consolidate_state_dict(to={to})", f"this call on all ranks{whose}")
         whole = None
         for target in targets:
             whole = self._gathered(world, target) or whole
