@@ -1,6 +1,7 @@
 """What a model's training takes on device and host, before any of it is there: ours and other optimizers.
 
-For our own optimizer its own functions say which state, shards and buffers it makes, on tensors without memory; for others the sources are named in ``lowmem_adam.plan.peers``.
+For our own optimizer its own functions say which state, shards and buffers it makes, on tensors without memory; for
+others ``lowmem_adam.plan.peers`` names its sources.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ def _own_row(weights: Sequence[Weight], settings: Settings, rank: int | None, cu
 def cheapest(model: Model, settings: Settings, device_bytes: int, host_bytes: int | None = None) -> Choice | None:
     """The settings that fit at the least cost, where only what takes less memory is changed; None where none do.
 
-    What each change costs, from the least to the most, and any number of the earlier ones is taken before a later one:
-    8-bit moments; shards; ``"split"`` in the place of ``"fp32"``, which keeps the same weights; DeepSpeed's stage 2; offload, whose bytes cross the bus; gradients on the host; weights that are not float32; and stage 3, which
-    gathers parameters in every pass.
+    What may be changed, from what costs least to what costs most: moments to 8 bits; shards; ``"split"`` in the place
+    of ``"fp32"``, which keeps the same weights; DeepSpeed's stage 2; offload, whose bytes cross the bus; gradients on
+    the host; weights that are not float32; stage 3, which gathers parameters in every pass. All of the earlier ones
+    together cost less than a later one.
 
     Args:
         model: as of ``plan``.
