@@ -171,6 +171,7 @@ def of_config(content: Mapping[str, Any], source: str = CONFIG) -> Model:
     """
     try:
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
         raise ValueError(
@@ -185,12 +186,14 @@ def of_config(content: Mapping[str, Any], source: str = CONFIG) -> Model:
         )
     given = content.get("dtype", content.get("torch_dtype"))
     dtype = None if given is None or given == "auto" else dtype_of(str(given), f"{source}: dtype")
+    wrong = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError, ImportError)
     try:
         config = CONFIG_MAPPING[kind](**{key: value for key, value in content.items() if key != "model_type"})
         with torch.device("meta"):
             model = _class_of(transformers, content, config)._from_config(config)
-    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: transformers builds no model of it ({error}); accepted: a whole config") from error
+    except (*wrong, StrictDataclassError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{source}: transformers builds no model of it ({told}); accepted: a whole config") from error
     weights = [Weight(name, tuple(param.shape), dtype) for name, param in model.named_parameters()]
     return Model(source, weights, [f"built as {type(model).__name__} of transformers {transformers.__version__}"])
 
