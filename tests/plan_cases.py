@@ -169,8 +169,7 @@ def case_offloaded_gradients() -> None:
 def case_the_device_holds_what_is_planned() -> None:
     """By the device's own counter, which knows of nothing but this."""
     before = sim.device_bytes()
-    for keywords in ({}, {"low_precision_update": "split"}, {"offload": "cpu"}):
-        settings = Settings(bucket_cap_mb=BUCKET, **keywords)
+    for settings in (Settings(), Settings(low_precision_update="split"), Settings(offload="cpu")):
         params = [nn.Parameter(param.detach().to("sim")) for param in network().parameters()]
         opt = AdamW8bit(params, low_precision_update=settings.low_precision_update, offload=settings.offload)
         for param in params:

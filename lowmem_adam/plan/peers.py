@@ -24,9 +24,9 @@ MAX_LIVE = 10**9
 def peers(weights: Sequence[Weight], settings: Settings) -> list[Row]:
     """One row for each optimizer that others have, DeepSpeed's three stages included."""
     return [
-        _plain("torch AdamW, fused", weights, settings, _torch),
-        _plain("bitsandbytes AdamW8bit", weights, settings, _bitsandbytes, once=2 * 256 * 4),
-        _plain("torchao AdamW8bit", weights, settings, _torchao, host_step=4),
+        _plain("torch AdamW, fused", weights, settings, _torch, "16-bit moments, updates rounded to nearest"),
+        _plain("bitsandbytes AdamW8bit", weights, settings, _bitsandbytes, "updates rounded to nearest", once=2048),
+        _plain("torchao AdamW8bit", weights, settings, _torchao, _rounding_of_torchao(settings), host_step=4),
         _flashoptim(weights, settings),
         *(zero_row(weights, settings, stage) for stage in (1, 2, 3)),
     ]
@@ -42,7 +42,7 @@ def _torch(weight: Weight, size: int) -> int:
 
 def _bitsandbytes(weight: Weight, size: int) -> int:
     # bitsandbytes 0.50, optim/optimizer.py: two codes, and a float32 for each 256 elements of either; float32 below
-    # min_8bit_size=4096. Its two maps of 256 floats are shared by all parameters.
+    # min_8bit_size=4096. Its two maps of 256 floats are shared by all parameters (`once`).
     if weight.numel < 4096:
         return 8 * weight.numel
     return 2 * weight.numel + 8 * math.ceil(weight.numel / 256)
@@ -57,7 +57,13 @@ def _torchao(weight: Weight, size: int) -> int:
 
 
 def _plain(
-    name: str, weights: Sequence[Weight], settings: Settings, moments: Moments, once: int = 0, host_step: int = 0
+    name: str,
+    weights: Sequence[Weight],
+    settings: Settings,
+    moments: Moments,
+    narrow: str,
+    once: int = 0,
+    host_step: int = 0,
 ) -> Row:
     """An optimizer without float32 weights of its own; where they are asked for, it steps a float32 copy.
 
@@ -66,6 +72,7 @@ def _plain(
         weights: with dtypes.
         settings: of the plan.
         moments: bytes of a parameter's moments.
+        narrow: what is to be known of it where it steps 16-bit parameters as they are.
         once: bytes that it holds besides.
         host_step: bytes of a parameter's step counter on the host.
     """
@@ -81,8 +88,16 @@ def _plain(
         row.device.moments += moments(weight, 4 if copied else size)
         row.host.moments += host_step
     row.device.moments += once
-    row.note = "float32 weights beside the parameters, gradients widened for the step" if row.device.master else ""
+    if row.device.master:
+        row.note = "float32 weights beside the parameters, gradients widened for the step"
+    elif any(_itemsize(weight) < 4 for weight in weights):
+        row.note = narrow
     return row
+
+
+def _rounding_of_torchao(settings: Settings) -> str:
+    stochastic = settings.low_precision_update == "stochastic"
+    return "bf16_stochastic_round=True" if stochastic else "updates rounded to nearest"
 
 
 def _flashoptim(weights: Sequence[Weight], settings: Settings) -> Row:
