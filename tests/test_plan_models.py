@@ -106,7 +106,12 @@ def test_numbers_that_are_refused(text: str) -> None:
 def test_shapes_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="accepted: sizes from 1"):
         of_shapes([text])
-    with pytest.raises(ValueError, match="float64"):
+
+
+def test_more_than_any_model_and_dtypes_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="parameters; accepted: 1 to"):
+        of_shapes(["9999999999x9999999999"])
+    with pytest.raises(ValueError, match="dtype is 'float64'; accepted: float32, bfloat16"):
         dtype_of("float64")
 
 
@@ -127,7 +132,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     refused("huge.safetensors", (2**62).to_bytes(8, "little") + b"{}", "damaged or no safetensors file")
     refused("list.safetensors", (2).to_bytes(8, "little") + b"[]", "damaged or no safetensors file")
     refused("odd.safetensors", (8).to_bytes(8, "little") + b'{"a": 1}', "damaged or no safetensors file")
-    refused("nothing.safetensors", (2).to_bytes(8, "little") + b"{}", "has no parameters")
+    negative = b'{"a": {"dtype": "F32", "shape": [-4, 5], "data_offsets": [0, 0]}}'
+    refused("negative.safetensors", len(negative).to_bytes(8, "little") + negative, "sizes below 0")
+    refused("nothing.safetensors", (2).to_bytes(8, "little") + b"{}", "has 0 parameters; accepted: 1 to")
     for size in (b"{}", b'{"total_size": "12"}', b'{"total_size": 0}', b"[]"):
         refused("i.json", b'{"metadata": ' + size + b', "weight_map": {"a": "x.safetensors"}}', "x.safetensors is not")
     safetensors_file(tmp_path / "f8.safetensors", {"a": ("F8_E4M3", [64, 64])})

@@ -26,6 +26,9 @@ MAX_HEADER = 100_000_000
 INDEX, WHOLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 """What a folder is read by, the first of them that it has."""
 
+MAX_NUMEL = 2**60
+"""Far above any model: their bytes fit into 64 bits."""
+
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -97,8 +100,8 @@ def read_model(path: Path, dtype: torch.dtype | None = None) -> Model:
 
 
 def _complete(model: Model) -> Model:
-    if model.numel == 0:
-        raise ValueError(f"{model.source} has no parameters; accepted: a model that has some")
+    if not 0 < model.numel < MAX_NUMEL:
+        raise ValueError(f"{model.source} has {model.numel} parameters; accepted: 1 to {MAX_NUMEL - 1}")
     return model
 
 
@@ -115,6 +118,8 @@ def _of_header(path: Path, dtype: torch.dtype | None, notes: list[str]) -> list[
             raise ValueError(f"a header of {size} bytes")
         header = json.loads(raw)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if any(size < 0 for entry in tensors.values() for size in entry["shape"]):
+            raise ValueError("sizes below 0")
         found = [(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"])) for name, entry in tensors.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); accepted: a whole one") from error
@@ -142,7 +147,7 @@ def _of_index(path: Path, content: Mapping[str, Any], dtype: torch.dtype | None)
         return Model(str(path), [weight for file in files for weight in _of_header(file, dtype, notes)], notes)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
-    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 < total < 2**60:
+    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 < total < MAX_NUMEL:
         raise ValueError(
             f"{path}: {missing[0].name} is not there, and total_size is {total!r}; accepted: all files that the index "
             "names, or a total_size above 0"
@@ -229,7 +234,7 @@ def count_of(text: str) -> int:
     numel = 0 if match is None else round(float(match[1]) * SCALES[match[2]])
     if match is not None and match[1].isdigit():
         numel = int(match[1]) * SCALES[match[2]]
-    if not 1 <= numel < 2**60:
+    if not 1 <= numel < MAX_NUMEL:
         raise ValueError(f"parameters is {text!r}; accepted: a number from 1, such as 124439808, 8e9, 8B, 1.5M")
     return numel
 
