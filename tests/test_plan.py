@@ -349,7 +349,6 @@ def test_json_says_the_same_and_what_fits() -> None:
         "fits": False,
         "cheapest": choice.described(),
     }
-    assert run(*arguments).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,8 @@ class Engine(NamedTuple):
 
 ENGINES = (
     Engine(1, torch.bfloat16, ours=True),
-    Engine(2, torch.bfloat16, ours=False),
     Engine(2, torch.float32, ours=True),
     Engine(2, torch.bfloat16, ours=True, offload="cpu"),
-    Engine(3, torch.bfloat16, ours=True),
     Engine(3, torch.float32, ours=False),
     Engine(3, torch.bfloat16, ours=True, offload="cpu"),
 )
