@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what a config does to it."""
+"""The command line, ``lowmem-adam``: what a step would run on here, what a config does to it, what a model takes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
 from lowmem_adam.commands.check_config import check_config
+from lowmem_adam.commands.plan import plan
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
 
@@ -65,3 +66,4 @@ def gather() -> dict[str, str | int | list[str] | None]:
 
 
 app.command()(check_config)
+app.command()(plan)
