@@ -204,7 +204,7 @@ def measure(
 
 def start(folder: str) -> None:
     """A process group of one, as DeepSpeed's launcher makes it."""
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
     os.environ |= {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DEEPSPEED_LOG_LEVEL": "error"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
 

@@ -45,7 +45,14 @@ def main(
     # Imported here so that --help does not wait for transformers.
     from lm_settings import TrainingSettings
 
-    run(TrainingSettings(output_dir=output.parent, **chosen | {"data": tuple(data or ())}), output, threads)
+    try:
+        if resume is not None and not resume.is_dir():
+            raise ValueError(f"--resume {resume}: no such folder")
+        settings = TrainingSettings(output_dir=output.parent, **chosen | {"data": tuple(data or ())})
+    except ValueError as error:
+        typer.echo(f"accelerate_lm.py: {error}", err=True)
+        raise typer.Exit(2) from error
+    run(settings, output, threads)
 
 
 def run(settings: Any, output: Path, threads: int | None) -> None:

@@ -42,14 +42,19 @@ def main(
 
     from lowmem_adam.integrations.deepspeed import check_config
 
-    if findings := check_config(config):
-        typer.echo("\n".join(f"{config}: {finding}" for finding in findings), err=True)
-        raise typer.Exit(2)
+    try:
+        if findings := check_config(config):
+            raise ValueError("\n".join(f"{config}: {finding}" for finding in findings))
+        if resume is not None and not resume.is_dir():
+            raise ValueError(f"--resume {resume}: no such folder")
+        settings = TrainingSettings(**options | {"data": tuple(data or ()), "output_dir": output.parent})
+    except (OSError, ValueError) as error:
+        typer.echo(f"deepspeed_lm.py: {error}", err=True)
+        raise typer.Exit(2) from error
     ds_config = json.loads(config.read_text(encoding="utf-8"))
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
-    chosen = options | {"data": tuple(data or ()), "output_dir": output.parent}
-    run(TrainingSettings(**chosen), ds_config, output)
+    run(settings, ds_config, output)
 
 
 def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
@@ -78,8 +83,10 @@ def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
     losses = {}
     while engine.global_steps < settings.steps:
         total = torch.zeros((), device=engine.device)
-        for _ in range(engine.gradient_accumulation_steps()):
-            inputs, targets = (tokens.to(engine.device) for tokens in sampler.batch(engine.micro_steps))
+        # Counted from steps: DeepSpeed's own count of batches begins anew after a load.
+        first = engine.global_steps * engine.gradient_accumulation_steps()
+        for micro in range(engine.gradient_accumulation_steps()):
+            inputs, targets = (tokens.to(engine.device) for tokens in sampler.batch(first + micro))
             loss = language_model_loss(engine, inputs, targets)
             engine.backward(loss)
             engine.step()

@@ -11,6 +11,7 @@ app = typer.Typer(add_completion=False)
 
 DATA_HELP = "A text file or a folder of them; may be given several times. Default: the Python standard library."
 TOTAL_HELP = "Windows a step, dealt out to the processes: any number of them reads the same ones."
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 PRECISION_HELP = "32-true, bf16-mixed or bf16-true: the precision of Lightning's Trainer."
 
 
@@ -44,13 +45,16 @@ def main(
     options["data"] = tuple(data or ())
     # Imported here so that --help does not wait for Lightning.
     from lightning_lm_training import train
-    from lm_settings import TrainingSettings
+    from lm_settings import TrainingSettings, check_choice
 
     try:
         if processes < 1 or total_batch_size < 1 or total_batch_size % processes:
             raise ValueError(
                 f"total_batch_size is {total_batch_size}; accepted with {processes} processes: multiples of them"
             )
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        check_choice("precision", precision, PRECISIONS)
         if resume is not None and not resume.is_file():
             raise ValueError(f"--resume {resume}: no such file")
         settings = TrainingSettings(**options, batch_size=total_batch_size // processes)

@@ -177,6 +177,7 @@ def summarise(trainer: lightning.Trainer, model: LanguageModel) -> None:
             "weights_sha256": weights_digest(model),
             "settings": model.settings.as_json(),
         }
+        model.settings.output_dir.mkdir(parents=True, exist_ok=True)
         reporting.write_json(model.settings.output_dir / reporting.SUMMARY_FILE, summary)
         held = max(state_bytes) / parameters
         print(f"{trainer.world_size} processes, optimizer state of the largest: {held:.3f} bytes a parameter")

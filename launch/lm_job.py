@@ -16,7 +16,7 @@ from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_ch
 from optimizers import OptimizerSettings, build_optimizer
 from schedules import warmup_cosine
 
-from lowmem_adam.integrations.accelerate import set_threads
+from lowmem_adam.integrations import accelerate as launched
 
 
 @dataclass
@@ -78,7 +78,7 @@ def start_accelerator(settings: TrainingSettings) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[patience],
     )
-    set_threads()
+    launched.set_threads()
     accelerator.print(
         f"world size: {accelerator.num_processes} on {accelerator.device.type} "
         f"({torch.get_num_threads()} threads a process)"
@@ -95,6 +95,10 @@ def check_launch(settings: TrainingSettings, accelerator: Accelerator) -> None:
             "not start the processes that were asked for. On a CPU use launch/configs/cpu_2.yaml with "
             "ACCELERATE_USE_CPU=true in the environment"
         )
+    try:
+        launched.check_launch(accelerator)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         kind = accelerator.distributed_type.value
         raise ValueError(f"this job runs on one process or under plain data parallelism, the launcher asked for {kind}")

@@ -23,9 +23,15 @@ def usable_cores() -> int:
     return max(1, min([cores, *(math.floor(quota) for quota in quotas(CGROUPS, OWN_CGROUPS))]))
 
 
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""In which launchers tell how many processes they have started on a machine: torchrun and accelerate, DeepSpeed's own,
+Open MPI, Intel's MPI."""
+
+
 def local_processes() -> int:
     """How many processes the launcher has started on this machine, this one included; 1 without a launcher."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
+    told = (os.environ.get(name, "") for name in LOCAL_SIZES)
+    return max(1, next((int(number) for number in told if number.isdigit()), 1))
 
 
 def share_of_cores() -> int:

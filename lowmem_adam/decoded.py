@@ -18,8 +18,9 @@ class DecodedMoment(Tensor):
     """``exp_avg`` or ``exp_avg_sq`` of a one-dimensional parameter, float32, that exists as its codes alone.
 
     For programs that look for these two in saved state and read them as tensors. A slice decodes its elements, any
-    other operator all of them; both give plain tensors. Writing to it is refused. In a file it takes the codes' 2 bytes
-    for both moments together, and whoever reads the file needs this package.
+    other operator that has something to do all of them; both give plain tensors, which are copies. Writing to it is
+    refused, while a write to such a copy, a slice for instance, reaches nobody else. In a file it takes the codes' 2
+    bytes for both moments together, and whoever reads the file needs this package.
 
     Args:
         key: ``"exp_avg"`` or ``"exp_avg_sq"``.
@@ -97,8 +98,9 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     for index, argument in enumerate(func._schema.arguments):
         written = argument.alias_info is not None and argument.alias_info.is_write
         given = args[index] if index < len(args) else kwargs.get(argument.name)
-        if written and isinstance(given, DecodedMoment):
+        held = [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, DecodedMoment)]
+        if written and held:
             raise RuntimeError(
-                f"{func} would write to {given!r}, which is made of codes; accepted: reading it, and writes to a copy, "
-                "as decoded() gives it"
+                f"{func} would write to {held[0]!r}, which is made of codes; accepted: reading it, and writes to "
+                "a copy, as decoded() gives it"
             )

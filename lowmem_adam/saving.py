@@ -38,14 +38,15 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     def _cut(self, needed: Callable[[Tensor], bool] = lambda _: False) -> Partition:
         """Who holds what, parameters included that are new: those with a gradient, about to get one, or needed."""
-        if self._partition is None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        known = tuple(map(id, params))
+        if known != self._known:
             zero.refuse_shards(self._shard_group)
+        if self._partition is None:
             self._partition = Partition(World.of(self._shard_group), int(self._bucket_cap_mb * 2**20))
         elif self._partition.world.group is None and self._shard_group is not None:
             self._look_for_group_again(self._partition)
         partition = self._partition
-        params = [param for group in self.param_groups for param in group["params"]]
-        known = tuple(map(id, params))
         if known == self._known:
             return partition
         if partition.world.size == 1 and not {id(p) for p in partition.params} <= set(known):  # some were taken out
@@ -74,11 +75,12 @@ class SavedOptimizer(torch.optim.Optimizer):
             self._known, self._agreed = (), False
 
     def _check_owners(self) -> None:
-        """Check that plain parameters that have state were not replaced by DTensors.
+        """Check that parameters that have state were not replaced, by DTensors or by ZeRO's partitions.
 
         Raises:
             ValueError: they were. Their moments would be lost without a word, and held for nothing.
         """
+        zero.refuse_lost_state(self.state)
         params = [param for group in self.param_groups for param in group["params"]]
         if any(map(local.is_dtensor, params)) and not any(self.state.get(param) for param in params):
             plain = sum(bool(state) and not local.is_dtensor(param) for param, state in self.state.items())
@@ -162,15 +164,18 @@ class SavedOptimizer(torch.optim.Optimizer):
             ValueError: there is no such rank.
             RuntimeError: not all ranks of ``shard_group`` called it, with the same rank, within five minutes.
         """
+        self._take_over_written()
         world = self._cut().world
         spread = any(local.is_dtensor(value) for state in self.state.values() for value in state.values())
         ranks = torch.distributed.get_world_size() if spread else world.size
         targets = resharding.check_targets(to, ranks)
         if world.size == 1 and not spread:
             return super().state_dict()
+        lines = [f"consolidated on {targets}"]
         if world.size > 1:
-            lines = [*agreement.describe(self.param_groups, self._cut(), self._steps_of), f"consolidated on {targets}"]
-            agreement.meet(lines, world, f"consolidate_state_dict(to={to})", "this call on all ranks of shard_group")
+            lines += agreement.describe(self.param_groups, self._cut(), self._steps_of)
+        everyone, whose = (world, " of shard_group") if world.size > 1 else (World.of("world"), "")  # of DTensors: all
+        agreement.meet(lines, everyone, f"consolidate_state_dict(to={to})", f"this call on all ranks{whose}")
         whole = None
         for target in targets:
             whole = self._gathered(world, target) or whole
@@ -203,6 +208,7 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     def _sharded(self, *, private: bool) -> dict[str, Any]:
         """Parts of what there is, made first if need be; private ones are copies, or made for this alone."""
+        self._take_over_written()
         if not private:
             self._make_all_state()
 

@@ -37,11 +37,23 @@ def ask_the_optimizer(cls: type) -> None:
         return
     kept = {name for wrapper in wrappers for name in vars(wrapper)}
     inherited = {name for base in cls.__mro__ if issubclass(base, torch.optim.Optimizer) for name in vars(base)}
+    for name, method in (("__getstate__", _state), ("__setstate__", _set_state)):
+        if name not in kept:
+            setattr(cls, name, method)
     for name in inherited - kept:
         if not name.startswith("__"):
             asked = Asked()
             asked.__set_name__(cls, name)
             setattr(cls, name, asked)
+
+
+def _state(wrapper: Any) -> dict[str, Any]:
+    """For copies: what the wrapper itself holds, the optimizer among it."""
+    return dict(wrapper.__dict__)
+
+
+def _set_state(wrapper: Any, state: dict[str, Any]) -> None:
+    wrapper.__dict__.update(state)
 
 
 def inner_of(optimizer: Any) -> Any:

@@ -23,7 +23,7 @@ from lowmem_adam.decoded import DecodedMoment
 from lowmem_adam.foreign.moments import coded_state, step_count
 from lowmem_adam.foreign.of_torch import read_state
 from lowmem_adam.local import is_dtensor
-from lowmem_adam.state import FULL_KEYS, MASTER_KEYS, home_of, keeps_codes
+from lowmem_adam.state import FULL_KEYS, home_of, keeps_codes
 
 _FLOAT32_STEPS = 2**24
 """Below it a float32 counts steps exactly, as torch's own optimizers do."""
@@ -47,6 +47,21 @@ def refuse_shards(shard_group: Any) -> None:
         raise ValueError(
             f"shard_group is {shard_group!r} under DeepSpeed's ZeRO, which gives each rank a partition of its own; "
             "accepted there: shard_group=None"
+        )
+
+
+def refuse_lost_state(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Refuse to begin anew with ZeRO's partitions, of one dimension each, beside state of what they have replaced.
+
+    Raises:
+        ValueError: there is state of a parameter of other dimensions, and ZeRO is calling.
+    """
+    lost = sum(bool(state) and param.dim() != 1 for param, state in states.items())
+    if lost and asked_by_zero():
+        raise ValueError(
+            f"state is of {lost} parameters in whose place DeepSpeed's ZeRO has put its partitions; accepted: "
+            "engine.load_checkpoint after deepspeed.initialize, or optimizer.state.clear() before it to begin with new "
+            "moments"
         )
 
 
@@ -184,6 +199,5 @@ def _coded(
     source = read_state(written, param.shape, label)
     coded = keeps_codes(param.shape, group["moments"])
     made = coded_state(source, param.shape, group["moments"], label, coded=coded)
-    home = home_of(param, offload)
-    kept = {key: tensor for key, tensor in state.items() if key in MASTER_KEYS.values()}
-    return {**{key: tensor if key == "step" else tensor.to(home) for key, tensor in made.items()}, **kept}
+    # What was kept of the weight beside the moments before is no longer of this weight: a step begins it anew.
+    return {key: tensor if key == "step" else tensor.to(home_of(param, offload)) for key, tensor in made.items()}

@@ -29,7 +29,8 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
 def begin(rank: int) -> None:
     """What DeepSpeed reads from the environment, before it is imported in this process."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "DS_ACCELERATOR": "cpu"}
-    variables |= {"LOCAL_SIZE": dist.get_world_size(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    # Without LOCAL_SIZE, with which DeepSpeed leaves segments of shared memory behind, by names that runs share.
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ |= {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "PATH": path_with_scripts()}
     os.environ["DEEPSPEED_LOG_LEVEL"] = "error"

@@ -160,8 +160,10 @@ def test_two_machines(folder: Path, kind: str) -> None:
 # What silently starts something else
 
 
+# A process that ends while the other is still on its way into the process group would be missed there.
 CHECK = """
-import os, sys
+import os, sys, time
+from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lowmem_adam.integrations.accelerate import check_launch
@@ -173,6 +175,10 @@ except RuntimeError as error:
     os.write(1, f"refused: {error}\\n".encode())
 else:
     os.write(1, b"accepted\\n")
+folder, end = Path(__file__).parent, time.monotonic() + 60
+(folder / f"{os.getpid()}.done").touch()
+while len(list(folder.glob("*.done"))) < int(os.environ.get("WORLD_SIZE") or 1) and time.monotonic() < end:
+    time.sleep(0.02)
 accelerator.end_training()
 """
 

@@ -50,6 +50,7 @@ ROWS = {
         {**BF16, **zero(2, **OFFLOAD), **ACCUMULATED, **UNFORCED}, {}
     ),
     "stage 2, 32 bits": Row({**BF16, **zero(2)}, {"moments": "32bit"}),
+    "stage 1, our own offload": Row({**BF16, **zero(1)}, {"offload": "cpu"}),
     "stage 1, bnb8bit": Row({**BF16, **zero(1)}, {"moments": "bnb8bit"}),
     "stage 1, bf16 masters": Row(
         {

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from lowmem_adam import AdamW8bit, checkpoint
+from lowmem_adam import AdamW8bit, agreement, checkpoint
 from lowmem_adam.local import whole_tensor
 from tests.cases import assert_same_bits, copied, differ, gradient
 from tests.kernel_cases import UPDATES
@@ -259,6 +259,12 @@ def fsdp_job(rank: int, folder: Path) -> Any:
     opt.consolidate_state_dict(to=1)
     if rank == 1:
         assert_same_bits(opt.state_dict()["state"], held["state"])
+    with pytest.MonkeyPatch.context() as patch:  # one rank alone neither hangs nor begins what others do not
+        patch.setattr(agreement, "MEETING_SECONDS", 0.5)
+        if rank == 0:
+            with pytest.raises(RuntimeError, match=r"waited 0\.5 s for the other ranks; accepted: this call on all"):
+                opt.consolidate_state_dict()
+        torch.distributed.barrier()
     with pytest.raises(ValueError, match="parameters are DTensors"):
         opt.check_replicas()
     options = StateDictOptions(full_state_dict=True)

@@ -140,7 +140,12 @@ def test_settings_that_are_not_the_checkpoints_to_change() -> None:
 def test_a_decoded_moment_is_read_only() -> None:
     moment = called_as(ASKED_BY_ZERO, partitions().state_dict)["state"][0]["exp_avg"]
     before = moment.clone()
-    for write in (lambda: moment.zero_(), lambda: moment.copy_(before), lambda: torch.add(before, 1.0, out=moment)):
+    for write in (
+        lambda: moment.zero_(),
+        lambda: moment.copy_(before),
+        lambda: torch.add(before, 1.0, out=moment),
+        lambda: torch._foreach_mul_([moment], [2.0]),
+    ):
         with pytest.raises(RuntimeError, match="would write to DecodedMoment"):
             write()
     assert torch.equal(moment.clone(), before)
@@ -210,6 +215,25 @@ class TestMomentsThatWereWritten:
         other = self.written(opt, fresh(opt, offload="cpu"))
         assert_same_state(opt, loaded(other))
 
+    @pytest.mark.parametrize("update", ["split", "fp32"])
+    def test_what_was_kept_of_another_weight_goes(self, update: str) -> None:
+        """bf16 partitions: the next step begins with the parameter, whatever lay beside the moments before."""
+        found = []
+        for stepped in (False, True):
+            generator = torch.Generator().manual_seed(3)
+            param = torch.nn.Parameter(torch.randn(NUMEL, generator=generator).bfloat16())
+            opt = AdamW8bit([param], lr=1e-2, low_precision_update=update)
+            if stepped:
+                param.grad = torch.ones_like(param)
+                opt.step()
+                param.data.copy_(torch.randn(NUMEL, generator=torch.Generator().manual_seed(3)))
+            moments = {key: torch.rand(NUMEL, generator=generator) for key in FULL_KEYS}
+            opt.state[param].update(step=torch.tensor(7.0), **moments)
+            param.grad = torch.randn(NUMEL, generator=generator).bfloat16()
+            opt.step()
+            found.append(opt.master_weight(param))
+        assert_same_bits(found[0], found[1], "weights")
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -273,6 +297,36 @@ class TestRefusals:
             called_as(ASKED_BY_ZERO, opt.step)
         assert torch.equal(opt.param_groups[0]["params"][0], before)
         called_as("deepspeed.runtime.engine", opt.step)
+
+    @pytest.mark.parametrize("before", ["load_state_dict", "check_replicas", "consolidate_state_dict"])
+    def test_shards_that_were_cut_before(self, before: str) -> None:
+        param = torch.nn.Parameter(torch.randn(300, 300))
+        opt = AdamW8bit([param], shard_group="world")
+        if before == "load_state_dict":
+            opt.load_state_dict(opt.state_dict())
+        else:
+            getattr(opt, before)()
+        flat = param.detach().flatten().requires_grad_()
+        opt.param_groups[0]["params"] = [flat]
+        flat.grad = torch.randn_like(flat)
+        with pytest.raises(ValueError, match="shard_group is 'world' under DeepSpeed's ZeRO"):
+            called_as(ASKED_BY_ZERO, opt.step)
+
+    def test_state_of_parameters_that_zero_has_replaced(self) -> None:
+        param = torch.nn.Parameter(torch.randn(300, 300))
+        opt = AdamW8bit([param])
+        param.grad = torch.randn(300, 300)
+        opt.step()
+        flat = param.detach().flatten().requires_grad_()
+        opt.param_groups[0]["params"] = [flat]
+        flat.grad = torch.randn_like(flat)
+        before = flat.detach().clone()
+        with pytest.raises(ValueError, match="state is of 1 parameters in whose place DeepSpeed's ZeRO has put"):
+            called_as(ASKED_BY_ZERO, opt.step)
+        assert torch.equal(flat, before)
+        opt.state.clear()
+        called_as(ASKED_BY_ZERO, opt.step)
+        assert not torch.equal(flat, before)
 
     def test_accelerate_about_to_replace_it(self) -> None:
         opt = partitions()

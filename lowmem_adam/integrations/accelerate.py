@@ -11,6 +11,7 @@ they say: fewer processes, processes that do not know of one another, plain data
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,10 +154,12 @@ def _launched(environment: Mapping[str, str]) -> bool:
 
 
 def _flag(command: Sequence[str]) -> int | None:
-    for place, word in enumerate(command):
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == sys.argv[0]:  # the script: what follows is its own
+            break
         name, _, value = word.lstrip("-").replace("-", "_").partition("=")
-        if word.startswith("--") and name == FLAG:
-            return int(value or command[place + 1])
+        if word.startswith("--") and name == FLAG and (value or following).isdigit():
+            return int(value or following)
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowmem_adam import kernels
 from lowmem_adam.optimizer import Adam8bit, AdamW8bit
 
 OPTIMIZERS = {"Adam8bit": Adam8bit, "AdamW8bit": AdamW8bit}
@@ -68,6 +69,12 @@ class _Case(NamedTuple):
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found if isinstance(found, Mapping) else {}
+
+    @property
+    def kind(self) -> str | None:
+        """Which of ours the ``optimizer`` block names; None for none of them."""
+        kind = self.block("optimizer").get("type")
+        return kind if isinstance(kind, str) and kind in OPTIMIZERS else None
 
     @property
     def stage(self) -> int:
@@ -124,25 +131,32 @@ def _read(ds_config: Any) -> Mapping[str, Any]:
 
 
 def _who_steps(case: _Case) -> Iterator[Finding]:
-    kind = case.block("optimizer").get("type")
-    if case.client and "optimizer" in case.config:
+    kind = case.kind
+    if case.client and case.config.get("optimizer") is not None:
         yield Finding(
             "optimizer",
             case.config["optimizer"],
             "DeepSpeed ignores it beside an optimizer that it is given, and accelerate refuses both together",
             "remove the block, or give accelerate its DummyOptim and this block the optimizer's settings",
         )
-    elif not case.client and kind not in OPTIMIZERS:
+    elif not case.client and kind is None:
         names = " or ".join(map(json.dumps, OPTIMIZERS))
-        consequence = "nothing steps" if kind is None else "DeepSpeed steps with its own optimizer, or with none"
-        yield Finding("optimizer.type", kind, consequence, f'"optimizer": {{"type": {names}, "params": {{...}}}}')
+        given = case.block("optimizer").get("type")
+        consequence = "nothing steps" if given is None else "DeepSpeed steps with its own optimizer, or with none"
+        yield Finding("optimizer.type", given, consequence, f'"optimizer": {{"type": {names}, "params": {{...}}}}')
 
 
 def _params(case: _Case) -> Iterator[Finding]:
-    kind = case.block("optimizer").get("type")
-    if case.client or kind not in OPTIMIZERS:
+    if case.client or case.kind is None:
         return
-    fixed = {name: value for name, value in case.params.items() if value != "auto"}
+    kind = case.kind
+    # Tried on the CPU, where what is for other devices would be refused.
+    elsewhere = {"backend": tuple(kernels.BACKENDS), "capturable": (True,)}
+    fixed = {
+        name: value
+        for name, value in case.params.items()
+        if value != "auto" and not (name in elsewhere and value in elsewhere[name])
+    }
     try:
         OPTIMIZERS[kind]([torch.nn.Parameter(torch.zeros(1))], **fixed)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -154,6 +168,12 @@ def _params(case: _Case) -> Iterator[Finding]:
             "ZeRO gives each rank a partition of its own, and a step refuses to share it out once more",
             "leave it out",
         )
+
+
+def _stage(case: _Case) -> Iterator[Finding]:
+    value = case.block("zero_optimization").get("stage", 0)
+    if isinstance(value, bool) or not isinstance(value, int):
+        yield Finding("zero_optimization.stage", value, "no number, so that nothing can be said of it", "0, 1, 2 or 3")
 
 
 def _untested(case: _Case) -> Iterator[Finding]:
@@ -222,6 +242,7 @@ def _elastic(case: _Case) -> Iterator[Finding]:
 
 _RULES: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
     _who_steps,
+    _stage,
     _params,
     _untested,
     _forced,
