@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what it takes."""
-=======
-"""The command line, ``lowmem-adam``: what a step would run on here, what a config does to it, what a model takes."""
->>>>>>> main
+"""The command line, ``lowmem-adam``: what a step would run on here, what a config does to it, what a model takes and a step."""
 
 from __future__ import annotations
 
@@ -24,11 +20,8 @@ except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
 from lowmem_adam.commands.check_config import check_config
-<<<<<<< HEAD
-from lowmem_adam.commands.profile import profile
-=======
 from lowmem_adam.commands.plan import plan
->>>>>>> main
+from lowmem_adam.commands.profile import profile
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
 
@@ -74,8 +67,5 @@ def gather() -> dict[str, str | int | list[str] | None]:
 
 
 app.command()(check_config)
-<<<<<<< HEAD
-app.command()(profile)
-=======
 app.command()(plan)
->>>>>>> main
+app.command()(profile)
