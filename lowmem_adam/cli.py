@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what a step would run on here, what a config does to it, what a model takes and a step."""
+"""The command line, ``lowmem-adam``: what steps run on here, what a config does to them, what a model and a step take."""
 
 from __future__ import annotations
 
