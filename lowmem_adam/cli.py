@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what steps run on here, what a config does to them, what a model and a step take."""
+"""The command line, ``lowmem-adam``: what steps run on here, what a config does to them, what models and steps take."""
 
 from __future__ import annotations
 
