@@ -61,7 +61,9 @@ def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition:
     """
     world = partition.world
     state = {key: tensors for key, tensors in state_dict["state"].items() if tensors}
-    shard = {"state": state, "spans": {key: list(partition.span(params[key])) for key in state}}
+    spans = {key: list(partition.span(params[key])) for key in state}
+    shapes = {key: list(params[key].shape) for key in state}  # with which files can be joined without the model
+    shard = {"state": state, "spans": spans, "shapes": shapes}
     return {**state_dict, "state": {}, shard_key(world.rank, world.size): shard}
 
 
