@@ -83,15 +83,20 @@ def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any,
     owners: dict[Any, Owner] = {}
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         owners |= owners_in_group(saved, group, f"state_dict, param group {index}")
-    if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
-        raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
+    for fault in id_faults(state_dict, owners):
+        raise ValueError(fault)
+    return owners
+
+
+def id_faults(state_dict: Mapping[str, Any], owners: Mapping[Any, Owner]) -> Iterator[str]:
+    """What is wrong with ids and with what lies under them, a sentence each; ``owners`` are those of all groups."""
+    if len(owners) != sum(len(saved["params"]) for saved in state_dict["param_groups"]):
+        yield "state_dict: a parameter is listed twice in its param groups; accepted: each parameter once"
     for key, state in state_dict["state"].items():
         if key not in owners:
-            raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
-        if not isinstance(state, Mapping):
-            label = owners[key].label
-            raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
-    return owners
+            yield f"state_dict has state of a parameter {key!r} that is in none of its param groups"
+        elif not isinstance(state, Mapping):
+            yield f"{owners[key].label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors"
 
 
 def owners_in_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[Any, Owner]:
