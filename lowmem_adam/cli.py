@@ -20,6 +20,8 @@ except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
 from lowmem_adam.commands.check_config import check_config
+from lowmem_adam.commands.convert import convert
+from lowmem_adam.commands.verify import verify
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
 
@@ -65,3 +67,5 @@ def gather() -> dict[str, str | int | list[str] | None]:
 
 
 app.command()(check_config)
+app.command()(convert)
+app.command()(verify)

@@ -26,7 +26,7 @@ TARGETS = (*foreign.FORMATS, *OWN)
 """Other optimizers, and our own by their setting of ``moments``."""
 
 BETWEEN = {"torch": "32bit", "bitsandbytes": "bnb8bit"}
-"""The setting of ``moments`` that holds what another optimizer is to get of a third: values exact, codes as they are."""
+"""The setting of ``moments`` that holds what one of them gets of another: values exact, codes as they are."""
 
 Progress = Callable[[int, int], None]
 """Is told the elements done, and those there are."""
@@ -82,7 +82,7 @@ def convert(
     Raises:
         FileExistsError: the target is there, and no ``force``; or it is a source.
         OSError: a file cannot be read or written; nothing is left behind, and what was there is as it was.
-        stored.NotACheckpoint: not the state of an optimizer that is known here, or damaged.
+        stored.NotACheckpointError: not the state of an optimizer that is known here, or damaged.
         ValueError: an argument; state that ``foreign.to_own``, ``from_own`` or ``saved_state.check`` refuse.
     """
     given = dict(given or {})
@@ -152,9 +152,7 @@ def _any_class(found: Stored) -> str:
     return "AdamW8bit" if all(decoupled) else "Adam8bit"
 
 
-def _plan_of_own(
-    state_dict: dict[str, Any], to: str | None
-) -> tuple[list[dict[str, Any]], States, dict[Any, int]]:
+def _plan_of_own(state_dict: dict[str, Any], to: str | None) -> tuple[list[dict[str, Any]], States, dict[Any, int]]:
     state_dict = foreign.to_own(state_dict, [])  # complete, where an earlier version wrote it
     groups = stored.own_stand_ins(state_dict)
     saved_state.check(state_dict, groups)

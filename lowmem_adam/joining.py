@@ -61,12 +61,15 @@ def joined(parts: Named, stand_ins: Callable[..., list[dict[str, Any]]], spool: 
             if shapes.setdefault(key, shape) != shape:
                 raise ValueError(f"{name}: parameter {key} has shape {shape}; accepted: {shapes[key]}, as in others")
     held = {key: {name: shard["state"].get(key, {}) for name, _, shard in shards} for key in shapes}
+    some: dict[Any, Mapping[str, Any]]
     some = {key: next((state for state in by_name.values() if state), {}) for key, by_name in held.items()}
     owners = saved_state.owners_of({**first, "state": some}, stand_ins({**first, "state": some}, shapes))
     whole: dict[Any, dict[str, Tensor]] = {}
     for key in sorted(shapes, key=list(owners).index):
         pieces = [
-            (name, shard["state"][key], tuple(shard["spans"][key])) for name, _, shard in shards if key in shard["state"]
+            (name, shard["state"][key], tuple(shard["spans"][key]))
+            for name, _, shard in shards
+            if key in shard["state"]
         ]
         state = _whole_of(pieces, owners[key], spool)
         if int(state["step"]) > 0:  # else zero moments, which a load makes by itself
@@ -118,7 +121,9 @@ def _whole_of(
     end = 0
     for name, _, span in sorted(pieces, key=lambda piece: piece[2]):
         if span[0] != span[1] and span[0] != end:
-            raise ValueError(f"{owner.label}: {name} has blocks {list(span)}; accepted: from {end} on, after the others")
+            raise ValueError(
+                f"{owner.label}: {name} has blocks {list(span)}; accepted: from {end} on, after the others"
+            )
         end = max(end, span[1])
     if end != layout.n_blocks:
         raise ValueError(f"{owner.label}: parts have blocks up to {end}; accepted: up to {layout.n_blocks}")
@@ -148,7 +153,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_folder(folder: Path, spool: Spool) -> dict[str, Any]:
-    """All that is in a folder of ``torch.distributed.checkpoint``, whatever number of ranks wrote it, as one dictionary.
+    """All that any number of ranks wrote with ``torch.distributed.checkpoint``, as one dictionary.
 
     It keeps names as strings; ids of parameters are made what the param groups list.
 
@@ -159,9 +164,9 @@ def read_folder(folder: Path, spool: Spool) -> dict[str, Any]:
     Raises:
         UnreadableError: damaged; holds more than tensors and plain values.
     """
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.planner import ReadItem
     from torch.distributed.checkpoint.state_dict_loader import load

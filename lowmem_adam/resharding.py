@@ -181,7 +181,7 @@ def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Part
 def tensors_like(
     tensors: Mapping[str, Any], param: Tensor, layout: Layout, span: Span | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What state has, of whole parameters or of other blocks, whose settings were those of this state."""
+    """Shapes and dtypes of state of a whole parameter, or of some blocks, whose settings were those of this state."""
     coded, master = "exp_avg_code" in tensors or "state1" in tensors, master_of(tensors)
     moments = FLAT if layout.block_size == FLAT_BLOCK_SIZE else "8bit"
     return expected_tensors(param.shape, moments, span, None if master is None else master.dtype, coded)
@@ -283,6 +283,7 @@ def _shards_in(state_dict: Mapping[str, Any]) -> list[Mapping[Any, Any]]:
 
 
 def is_shard_key(key: Any) -> bool:
+    """Whether it is one that ``shard_key`` makes."""
     return isinstance(key, str) and re.fullmatch(r"shard_\d+_of_\d+", key) is not None
 
 

@@ -70,7 +70,7 @@ def check_owned(state: Mapping[str, Any], owner: Owner, span: Span | None = None
 
 
 def faults(state: Mapping[str, Any], owner: Owner, span: Span | None = None) -> Iterator[str]:
-    """Everything for which ``check_owned`` refuses state, a sentence each; values are looked at where the rest is right."""
+    """Everything for which ``check_owned`` refuses state, a sentence each; of wrong tensors no values."""
     found = list(state_faults(state, owner.param.shape, owner.moments, owner.label, span, owner.master))
     yield from found or _value_faults(state, owner.label)
 

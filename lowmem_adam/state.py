@@ -239,7 +239,7 @@ def state_faults(
     if set(state) != set(expected):
         kept = "" if master is None else f" and low_precision_update keeps {MASTER_KEYS[master]} ({master})"
         yield (
-            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state {sorted(state)}; "
+            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state {sorted(map(str, state))}; "
             f"accepted: {sorted(expected)}"
         )
         return

@@ -24,17 +24,17 @@ DEPTH = 3
 """Levels of a larger dictionary in which optimizers are looked for, to name them."""
 
 
-class NotACheckpoint(ValueError):
+class NotACheckpointError(ValueError):
     """A file that cannot be read, or that has no optimizer's state where it is looked for."""
 
 
 class Stored(NamedTuple):
     """An optimizer's state out of one file or several."""
 
-    whole: Any
-    """All that is in the (first) file."""
+    files: tuple[Any, ...]
+    """All that is in each file."""
     place: tuple[Any, ...]
-    """The keys that lead from there to the state_dict; none where it is the file's own."""
+    """The keys that lead from the first of these to the state_dict; none where it is the file's own."""
     state_dict: dict[str, Any]
     """Of whole parameters."""
     kind: str
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
     def replaced(self, state_dict: dict[str, Any]) -> Any:
         """A copy of what is in the file with another state_dict in its place; tensors are shared."""
-        return _with(self.whole, self.place, state_dict)
+        return _with(self.files[0], self.place, state_dict)
 
 
 def opened(sources: Sequence[Path], key: str | None, spool: Spool) -> Stored:
@@ -54,12 +54,12 @@ def opened(sources: Sequence[Path], key: str | None, spool: Spool) -> Stored:
         spool: for what has to be put together.
 
     Raises:
-        NotACheckpoint: cannot be read, or there is no optimizer's state at that key.
+        NotACheckpointError: cannot be read, or there is no optimizer's state at that key.
         ValueError: parts that do not make a whole.
         OSError: there is no such file, or it may not be read.
     """
     if not sources:
-        raise NotACheckpoint("sources is []; accepted: a file, or the files of all ranks")
+        raise NotACheckpointError("sources is []; accepted: a file, or the files of all ranks")
     found = [_read(path, spool) for path in sources]
     places = [_place_of(whole, key, path) for whole, path in zip(found, sources, strict=True)]
     state_dicts = [_at(whole, place) for whole, place in zip(found, places, strict=True)]
@@ -67,7 +67,12 @@ def opened(sources: Sequence[Path], key: str | None, spool: Spool) -> Stored:
         try:
             saved_state.check_form(state_dict)
         except ValueError as error:
-            raise NotACheckpoint(f"{path}: {error}") from None
+            raise NotACheckpointError(f"{path}: {error}") from None
+        for index, group in enumerate(state_dict["param_groups"]):
+            if wrong := [name for name in group["params"] if not isinstance(name, int | str)]:
+                raise NotACheckpointError(
+                    f"{path}: param group {index} lists a parameter {wrong[0]!r}; accepted: numbers and names"
+                )
     state_dict = state_dicts[0]
     if len(sources) > 1 or joining.is_part(state_dict):
         named = list(zip(map(str, sources), state_dicts, strict=True))
@@ -75,8 +80,8 @@ def opened(sources: Sequence[Path], key: str | None, spool: Spool) -> Stored:
     try:
         kind = foreign.kind_of(state_dict)
     except ValueError as error:
-        raise NotACheckpoint(f"{sources[0]}: {error}") from None
-    return Stored(found[0], places[0], state_dict, kind)
+        raise NotACheckpointError(f"{sources[0]}: {error}") from None
+    return Stored(tuple(found), places[0], state_dict, kind)
 
 
 def _read(path: Path, spool: Spool) -> Any:
@@ -84,11 +89,11 @@ def _read(path: Path, spool: Spool) -> Any:
         try:
             return joining.read_folder(path, spool)
         except joining.UnreadableError as error:
-            raise NotACheckpoint(str(error)) from None
+            raise NotACheckpointError(str(error)) from None
     try:
         return checkpoint.read(path, "a whole file of tensors and plain values, as torch.save writes it")
     except ValueError as error:
-        raise NotACheckpoint(str(error)) from None
+        raise NotACheckpointError(str(error)) from None
 
 
 # ---------------------------------------------------------------- larger dictionaries
@@ -102,11 +107,13 @@ def _place_of(whole: Any, key: str | None, path: Path) -> tuple[Any, ...]:
     if key is None:
         if not places:
             saved_words = f"is a {type(whole).__name__}" + (f" with {_names(whole)}" if _names(whole) else "")
-            raise NotACheckpoint(f"{path} {saved_words}; accepted: state_dict() of an optimizer, by itself or under a key")
-        raise NotACheckpoint(f"{path}: key is None; {accepted}")
+            raise NotACheckpointError(
+                f"{path} {saved_words}; accepted: state_dict() of an optimizer, by itself or under a key"
+            )
+        raise NotACheckpointError(f"{path}: key is None; {accepted}")
     for place in _leading_to(whole, key):
         return place
-    raise NotACheckpoint(f"{path}: key is {key!r}; {accepted}")
+    raise NotACheckpointError(f"{path}: key is {key!r}; {accepted}")
 
 
 def _names(whole: Any) -> str:
@@ -230,7 +237,9 @@ def _stand_in(state: Any, shape: Sequence[int] | None = None) -> Tensor:
     state = state if isinstance(state, Mapping) else {}
     nested = state.get(NESTED)
     held = {**state, **nested} if isinstance(nested, Mapping) else state
-    first = next((held[key] for key in ("exp_avg_code", "exp_avg", "state1") if isinstance(held.get(key), Tensor)), None)
+    first = next(
+        (held[key] for key in ("exp_avg_code", "exp_avg", "state1") if isinstance(held.get(key), Tensor)), None
+    )
     if shape is None:
         shape = (0,) if first is None else tuple(first.shape)
     dtype = torch.bfloat16 if any(key in state for key in MASTER_KEYS.values()) else torch.float32
@@ -252,4 +261,3 @@ def check_settings(given: Mapping[str, Any]) -> None:
                 f"{name} is {value!r}, which keeps something of each 16-bit weight; accepted here: 'nearest', "
                 "'stochastic' (an optimizer made with it loads the other optimizer's own file)"
             )
-
