@@ -89,23 +89,39 @@ def convert(
     _check_arguments(sources, target, to, force)
     stored.check_settings(given)
     with Spool(target.parent) as spool:
-        found = stored.opened(sources, key, spool)
-        groups, states, elements = _plan(found, to, optimizer, given)
-        done, state, source_bytes, target_bytes = 0, {}, 0, 0
-        before = found.state_dict["state"]
-        progress(0, sum(elements.values()))
-        for name, tensors in states:
-            state[name] = _put(tensors, spool) if to is not None else tensors
-            source_bytes, target_bytes = source_bytes + _nbytes(before[name]), target_bytes + _nbytes(state[name])
-            done += elements[name]
-            progress(done, sum(elements.values()))
-        state_dict = {**found.state_dict, "state": state, "param_groups": groups}
-        checkpoint.write(state_dict if alone else found.replaced(state_dict), target)
-    left_out = dict.fromkeys(MASTER_KEYS.values(), 0)
-    for name in left_out if to in foreign.FORMATS else ():
-        left_out[name] = sum(name in tensors for tensors in before.values())
-    left_out = {name: count for name, count in left_out.items() if count}
-    return Converted(found.kind, to, len(state), done, source_bytes, target_bytes, left_out)
+        whole, done = _converted(sources, to, key, alone, optimizer, given, progress, spool)
+        # Nothing holds the source any more, unless it is a part of what is written.
+        checkpoint.write(whole, target)
+    return done
+
+
+def _converted(
+    sources: Sequence[Path],
+    to: str | None,
+    key: str | None,
+    alone: bool,
+    optimizer: str | None,
+    given: Mapping[str, Any],
+    progress: Progress,
+    spool: Spool,
+) -> tuple[Any, Converted]:
+    """What is to be written, and what was done."""
+    found = stored.opened(sources, key, spool)
+    groups, states, elements = _plan(found, to, optimizer, given)
+    before, there = found.state_dict["state"], sum(elements.values())
+    done, state, source_bytes, target_bytes = 0, {}, 0, 0
+    progress(0, there)
+    for name, tensors in states:
+        state[name] = tensors if to is None else _put(tensors, spool)
+        del tensors  # before the next ones are made
+        source_bytes, target_bytes = source_bytes + _nbytes(before[name]), target_bytes + _nbytes(state[name])
+        done += elements[name]
+        progress(done, there)
+    counts = {name: sum(name in tensors for tensors in before.values()) for name in MASTER_KEYS.values()}
+    left_out = {name: count for name, count in counts.items() if count and to in foreign.FORMATS}
+    state_dict = {**found.state_dict, "state": state, "param_groups": groups}
+    whole = state_dict if alone else found.replaced(state_dict)
+    return whole, Converted(found.kind, to, len(state), done, source_bytes, target_bytes, left_out)
 
 
 def _check_arguments(sources: Sequence[Path], target: Path, to: str | None, force: bool) -> None:
@@ -144,7 +160,15 @@ def _plan(
         return own_groups, states, elements
     owners = saved_state.owners_of({"state": {}, "param_groups": own_groups}, groups)
     theirs = foreign.groups_from_own(own_groups, to)
-    return theirs, ((name, foreign.state_from_own(state, owners[name], to)) for name, state in states), elements
+    return theirs, _each_of_theirs(states, owners, to), elements
+
+
+def _each_of_theirs(states: States, owners: Mapping[Any, Owner], to: str) -> States:
+    for name, state in states:
+        made = foreign.state_from_own(state, owners[name], to)
+        del state  # nothing of one parameter is held while the next one's is made
+        yield name, made
+        del made
 
 
 def _any_class(found: Stored) -> str:
@@ -167,7 +191,7 @@ def _plan_of_own(state_dict: dict[str, Any], to: str | None) -> tuple[list[dict[
         return own_groups, ((name, _recoded(state, owners[name], to)) for name, state in present), elements
     theirs = foreign.groups_from_own(saved_groups, to)
     full = {name: _in_float32(owner) for name, owner in owners.items()}
-    return theirs, ((name, foreign.state_from_own(state, full[name], to)) for name, state in present), elements
+    return theirs, _each_of_theirs(present, full, to), elements
 
 
 def _present(state_dict: Mapping[str, Any]) -> States:

@@ -55,6 +55,8 @@ class Spool:
             return torch.empty(tuple(shape), dtype=dtype)
         nbytes = count * dtype.itemsize
         if self._arena is None or self._used + nbytes > len(self._arena):
+            if self._arena is not None and hasattr(mmap, "MADV_DONTNEED"):
+                self._arena.madvise(mmap.MADV_DONTNEED)  # what is written stays in the file
             self._arena, self._used = self._mapped(max(ARENA, nbytes)), 0
         flat = torch.frombuffer(self._arena, dtype=dtype, count=count, offset=self._used)
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT

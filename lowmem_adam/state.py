@@ -239,8 +239,8 @@ def state_faults(
     if set(state) != set(expected):
         kept = "" if master is None else f" and low_precision_update keeps {MASTER_KEYS[master]} ({master})"
         yield (
-            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state {sorted(map(str, state))}; "
-            f"accepted: {sorted(expected)}"
+            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state "
+            f"{sorted(map(str, state))}; accepted: {sorted(expected)}"
         )
         return
     for key, (wanted_shape, dtype) in expected.items():

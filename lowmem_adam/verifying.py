@@ -62,7 +62,7 @@ def verify(sources: Sequence[Path], key: str | None = None, progress: Progress =
         progress: is called after each parameter.
 
     Raises:
-        stored.NotACheckpointError: not the state of an optimizer that is known here, or so damaged that it cannot be read.
+        stored.NotACheckpointError: not the state of an optimizer that is known here, or too damaged to be read.
         OSError: a file cannot be read, or there is no room for parts.
     """
     with Spool(Path(tempfile.gettempdir())) as spool:

@@ -120,6 +120,7 @@ def _each_coded(sources: Mapping[Any, Source], owners: Mapping[Any, Owner]) -> I
         state = coded_state(source, param.shape, moments, label, master, False if stays_full else None)
         saved_state.check_owned(state, owners[key])
         yield key, state
+        del state  # before the next one's is made
 
 
 def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
