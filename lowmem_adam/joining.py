@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,9 @@ def read_folder(folder: Path, spool: Spool) -> dict[str, Any]:
             for name, entry in metadata.state_dict_metadata.items()
         }
         planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        load(flat, storage_reader=reader, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            load(flat, storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         words = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         accepted = "a whole folder of tensors and plain values, as torch.distributed.checkpoint writes it"
