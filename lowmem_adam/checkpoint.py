@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ def read(path: str | os.PathLike[str], accepted: str = "a whole file made by sav
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        # What torch says of a damaged file does not name it.
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error}; accepted: {accepted}") from None
+        # What torch says of a damaged file does not name it, and of an object it says a page.
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        words = f"it has a {found[1]} in it" if found else str(error)
+        raise ValueError(f"{os.fspath(path)} cannot be read: {words}; accepted: {accepted}") from None
 
 
 def export(opt: Adam8bit, format: str = "torch", to: int = 0) -> dict[str, Any] | None:  # noqa: A002
