@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what a config does to it."""
+"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what a config does to it, checkpoints."""
 
 from __future__ import annotations
 
