@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what is installed here, what a step would run on, what a config does to it, checkpoints."""
+"""The command line, ``lowmem-adam``: what a step runs on here, what a config does to it, checkpoint files."""
 
 from __future__ import annotations
 
