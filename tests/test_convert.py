@@ -160,7 +160,8 @@ def test_what_is_kept_of_weights_stays_with_ours_and_is_told_of_otherwise(update
 
 def test_parameters_without_state_have_none_afterwards(tmp_path: Path) -> None:
     params = make_params(SHAPES)
-    theirs = torch.optim.AdamW([{"params": params[:4], "lr": 0.5}, {"params": params[4:]}])
+    groups: list[dict[str, Any]] = [{"params": params[:4], "lr": 0.5}, {"params": params[4:]}]
+    theirs = torch.optim.AdamW(groups)
     assert converted(theirs.state_dict(), tmp_path, "8bit")["state"] == {}
     for param in params[:6:2]:
         param.grad = torch.ones_like(param)
@@ -269,6 +270,21 @@ def test_parts_become_one_whole(tmp_path: Path) -> None:
         convert([tmp_path / "8bit-dcp"], out, key="optim")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_torch_distributed_checkpoint_of_torchs_optimizer(tmp_path: Path) -> None:
+    """With settings that are tensors and parameters known by names, as its functions for models write them."""
+    saved = saved_in("torch")
+    names = [shape.name for shape in SHAPES]
+    saved["state"] = {names[key]: state for key, state in saved["state"].items()}
+    saved["param_groups"][0].update(params=names, lr=torch.tensor(0.25))
+    dcp_save({"optim": saved}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    convert([tmp_path / "dcp"], tmp_path / "dcp.pt", "8bit", key="optim", alone=True)
+    (tmp_path / "dcp").rename(tmp_path.with_name("dcp"))
+    got = read(tmp_path / "dcp.pt")
+    (tmp_path / "dcp.pt").unlink()
+    assert_same_bits(by_name(got), by_name(converted(saved, tmp_path, "8bit")))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -311,6 +327,21 @@ def test_a_file_that_is_there_stays_unless_told(tmp_path: Path) -> None:
     assert (target.read_text(), source.read_bytes() == before) == ("mine", True)
     convert([source], target, "torch", force=True)
     assert foreign.kind_of(read(target)) == "torch"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="asks the system for room in another way")
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(saved_in("8bit"), tmp_path / "source.pt")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("posix_fallocate", "fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                convert([source], tmp_path / "target.pt", "torch")
+        assert [path.name for path in tmp_path.iterdir()] == ["source.pt"]
 
 
 def nan_moment(saved: dict[str, Any]) -> None:
