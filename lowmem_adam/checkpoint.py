@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,18 @@ def save(opt: Adam8bit, path: str | os.PathLike[str], to: int = 0) -> None:
     failure: Exception | None = None
     if whole is not None:
         try:
-            _write(whole, Path(path))
+            write(whole, Path(path))
         except Exception as error:  # noqa: BLE001 (raised below, after the others have been told)
             failure = error
     agreement.agree([], opt._cut().world, failure)
 
 
-def _write(whole: dict[str, Any], target: Path) -> None:
+def write(whole: dict[str, Any], target: Path) -> None:
+    """Write a file, there whole or not at all: beside its place first, and what was there stays until it is renamed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -63,14 +69,32 @@ def load(opt: Adam8bit, path: str | os.PathLike[str]) -> None:
         RuntimeError: another rank raises one of these; nothing has changed then.
     """
     try:
-        state_dict: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        state_dict = read(path)
+    except (OSError, ValueError) as error:
         opt._refuse_load(error)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        # What torch says of a damaged file does not name it.
-        words = f"{os.fspath(path)} cannot be read: {error}; accepted: a whole file made by save"
-        opt._refuse_load(ValueError(words))
     opt.load_state_dict(state_dict)
+
+
+def read(path: str | os.PathLike[str], accepted: str = "a whole file made by save") -> Any:
+    """What is in a file, mapped: tensors take no memory until they are looked at.
+
+    Args:
+        path: of the file.
+        accepted: for the error of a damaged one.
+
+    Raises:
+        FileNotFoundError: there is no such file; PermissionError, IsADirectoryError: it may not or cannot be read.
+        ValueError: it is damaged or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        # What torch says of a damaged file does not name it, and of an object it says a page.
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        words = f"it has a {found[1]} in it" if found else str(error)
+        raise ValueError(f"{os.fspath(path)} cannot be read: {words}; accepted: {accepted}") from None
 
 
 def export(opt: Adam8bit, format: str = "torch", to: int = 0) -> dict[str, Any] | None:  # noqa: A002

@@ -1,4 +1,4 @@
-"""The command line, ``lowmem-adam``: what steps run on here, what a config does to them, what models and steps take."""
+"""The command line, ``lowmem-adam``: what a step runs on and takes, what configs and models do, checkpoint files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
 from lowmem_adam.commands.check_config import check_config
+from lowmem_adam.commands.convert import convert
 from lowmem_adam.commands.plan import plan
 from lowmem_adam.commands.profile import profile
+from lowmem_adam.commands.verify import verify
 
 app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
 
@@ -69,3 +71,5 @@ def gather() -> dict[str, str | int | list[str] | None]:
 app.command()(check_config)
 app.command()(plan)
 app.command()(profile)
+app.command()(convert)
+app.command()(verify)

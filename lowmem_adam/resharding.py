@@ -61,7 +61,9 @@ def as_shard(state_dict: Mapping[str, Any], params: Sequence[Tensor], partition:
     """
     world = partition.world
     state = {key: tensors for key, tensors in state_dict["state"].items() if tensors}
-    shard = {"state": state, "spans": {key: list(partition.span(params[key])) for key in state}}
+    spans = {key: list(partition.span(params[key])) for key in state}
+    shapes = {key: list(params[key].shape) for key in state}  # with which files can be joined without the model
+    shard = {"state": state, "spans": spans, "shapes": shapes}
     return {**state_dict, "state": {}, shard_key(world.rank, world.size): shard}
 
 
@@ -75,7 +77,7 @@ def as_parts(
             continue
         param = params[key]
         layout, span = partition.layout(param), partition.span(param)
-        whole = _tensors_like(tensors, param, layout)
+        whole = tensors_like(tensors, param, layout)
         state[key] = {
             name: value
             if name == "step" or 0 in whole[name][0]  # no rank would write what has no elements
@@ -106,7 +108,7 @@ def as_whole(
         if not tensors or int(tensors["step"]) == 0:  # zero moments, which a load makes by itself
             continue
         param = params[key]
-        expected = _tensors_like(tensors, param, partition.layout(param))
+        expected = tensors_like(tensors, param, partition.layout(param))
         whole[key] = {
             name: value.clone() if name == "step" else _collect(value, name, expected[name][0], param, partition, to)
             for name, value in tensors.items()
@@ -170,16 +172,16 @@ def bytes_by_rank(states: Mapping[Tensor, Mapping[str, Tensor]], partition: Part
             if rank == partition.world.rank or param not in partition:
                 total += sum(local(value).nbytes for value in state.values())
             elif state:
-                expected = _tensors_like(state, param, partition.layout(param), partition.span(param, rank))
+                expected = tensors_like(state, param, partition.layout(param), partition.span(param, rank))
                 total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
         totals.append(total)
     return totals
 
 
-def _tensors_like(
+def tensors_like(
     tensors: Mapping[str, Any], param: Tensor, layout: Layout, span: Span | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What state has, of whole parameters or of other blocks, whose settings were those of this state."""
+    """Shapes and dtypes of state of a whole parameter, or of some blocks, whose settings were those of this state."""
     coded, master = "exp_avg_code" in tensors or "state1" in tensors, master_of(tensors)
     moments = FLAT if layout.block_size == FLAT_BLOCK_SIZE else "8bit"
     return expected_tensors(param.shape, moments, span, None if master is None else master.dtype, coded)
@@ -275,12 +277,13 @@ def has_state(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 
 def _shards_in(state_dict: Mapping[str, Any]) -> list[Mapping[Any, Any]]:
     found = [
-        value.get("state") for key, value in state_dict.items() if _is_shard_key(key) and isinstance(value, Mapping)
+        value.get("state") for key, value in state_dict.items() if is_shard_key(key) and isinstance(value, Mapping)
     ]
     return [state for state in found if isinstance(state, Mapping)]
 
 
-def _is_shard_key(key: Any) -> bool:
+def is_shard_key(key: Any) -> bool:
+    """Whether it is one that ``shard_key`` makes."""
     return isinstance(key, str) and re.fullmatch(r"shard_\d+_of_\d+", key) is not None
 
 
@@ -295,7 +298,7 @@ def _own_shard(
     partition: Partition,
 ) -> Any:
     """The tensors of a state_dict of form *shard*, None where it has another form."""
-    keys = [key for key in state_dict if _is_shard_key(key)]
+    keys = [key for key in state_dict if is_shard_key(key)]
     if not keys:
         return None
     world = partition.world

@@ -6,7 +6,7 @@ floats. So the tensors go through it wrapped in an object it does not look into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem_adam import settings
 from lowmem_adam.codec import FORMAT
 from lowmem_adam.local import Span, is_dtensor, local
-from lowmem_adam.state import check_state, home_of, master_dtype
+from lowmem_adam.state import home_of, master_dtype, state_faults
 
 MAX_STEP = 2**53
 """Steps are counted exactly in double, in which the bias corrections are computed."""
@@ -56,9 +56,23 @@ def check(
     for key, state in state_dict["state"].items():
         if state == {}:  # left behind where somebody read optimizer.state[param] before its first step
             continue
-        param, moments, label, master = owners[key]
-        check_state(state, param.shape, moments, label, span_of(param), master)
-        _check_values(state, label)
+        check_owned(state, owners[key], span_of(owners[key].param))
+
+
+def check_owned(state: Mapping[str, Any], owner: Owner, span: Span | None = None) -> None:
+    """Check one parameter's state; as ``check``.
+
+    Raises:
+        ValueError: missing, surplus or wrong tensors, values that no step writes.
+    """
+    for fault in faults(state, owner, span):
+        raise ValueError(fault)
+
+
+def faults(state: Mapping[str, Any], owner: Owner, span: Span | None = None) -> Iterator[str]:
+    """Everything for which ``check_owned`` refuses state, a sentence each; of wrong tensors no values."""
+    found = list(state_faults(state, owner.param.shape, owner.moments, owner.label, span, owner.master))
+    yield from found or _value_faults(state, owner.label)
 
 
 def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, Owner]:
@@ -68,20 +82,31 @@ def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any,
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
     owners: dict[Any, Owner] = {}
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_group(saved, group, f"state_dict, param group {index}")
-        names = group.get("param_names", [None] * len(group["params"]))
-        for key, param, name in zip(saved["params"], group["params"], names, strict=True):
-            label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
-            master = master_dtype(param.dtype, saved)
-            owners[key] = Owner(param, group["moments"], label, master)
-    if len(owners) != sum(len(saved["params"]) for saved in saved_groups):
-        raise ValueError("state_dict: a parameter is listed twice in its param groups; accepted: each parameter once")
+        owners |= owners_in_group(saved, group, f"state_dict, param group {index}")
+    for fault in id_faults(state_dict, owners):
+        raise ValueError(fault)
+    return owners
+
+
+def id_faults(state_dict: Mapping[str, Any], owners: Mapping[Any, Owner]) -> Iterator[str]:
+    """What is wrong with ids and with what lies under them, a sentence each; ``owners`` are those of all groups."""
+    if len(owners) != sum(len(saved["params"]) for saved in state_dict["param_groups"]):
+        yield "state_dict: a parameter is listed twice in its param groups; accepted: each parameter once"
     for key, state in state_dict["state"].items():
         if key not in owners:
-            raise ValueError(f"state_dict has state of a parameter {key!r} that is in none of its param groups")
-        if not isinstance(state, Mapping):
-            label = owners[key].label
-            raise ValueError(f"{label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors")
+            yield f"state_dict has state of a parameter {key!r} that is in none of its param groups"
+        elif not isinstance(state, Mapping):
+            yield f"{owners[key].label}: its state is a {type(state).__name__}; accepted: a dictionary of tensors"
+
+
+def owners_in_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[Any, Owner]:
+    """Whose state that of every saved id of one group is; checks the group, which ``where`` names."""
+    _check_group(saved, group, where)
+    names = group.get("param_names", [None] * len(group["params"]))
+    owners = {}
+    for key, param, name in zip(saved["params"], group["params"], names, strict=True):
+        label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
+        owners[key] = Owner(param, group["moments"], label, master_dtype(param.dtype, saved))
     return owners
 
 
@@ -116,23 +141,23 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
     settings.check_group({**saved, "backend": group["backend"]}, where)
 
 
-def _check_values(state: Mapping[str, Tensor], label: str) -> None:
+def _value_faults(state: Mapping[str, Tensor], label: str) -> Iterator[str]:
     """What no step writes would decode to nonsense."""
     if not 0 <= int(state["step"]) < MAX_STEP:
-        raise ValueError(f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}")
+        yield f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}"
     for key in ("absmax1", "absmax2"):
         scales = local(state[key]) if key in state else None
         if scales is not None and not bool(((scales >= 0) & (scales < torch.inf)).all()):
             wrong = scales[~((scales >= 0) & (scales < torch.inf))][0].item()
-            raise ValueError(f"{label}: {key} has a value {wrong}; accepted: finite numbers from 0")
+            yield f"{label}: {key} has a value {wrong}; accepted: finite numbers from 0"
     floor, octaves = (local(state[key]) if key in state else None for key in ("block_floor", "block_span"))
     if floor is not None and octaves is not None and octaves.numel():
         span = int(octaves.max())
         if span > FORMAT.max_octaves:
-            raise ValueError(f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves")
+            yield f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves"
         ceiling = int((floor.to(torch.int32) + octaves).max())
         if ceiling > FORMAT.max_exponent:
-            raise ValueError(
+            yield (
                 f"{label}: block_floor + block_span reaches {ceiling}; accepted: exponents up to {FORMAT.max_exponent}"
             )
 

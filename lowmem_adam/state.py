@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -222,19 +222,33 @@ def check_state(
     Raises:
         ValueError: names ``label``, what is there and what is accepted.
     """
+    for fault in state_faults(state, shape, moments, label, span, master):
+        raise ValueError(fault)
+
+
+def state_faults(
+    state: Mapping[str, Any],
+    shape: Sequence[int],
+    moments: str,
+    label: str,
+    span: Span | None = None,
+    master: torch.dtype | None = None,
+) -> Iterator[str]:
+    """Everything for which ``check_state`` refuses state, a sentence each; of other tensors than expected just that."""
     expected = expected_tensors(shape, moments, span, master, holds_codes(state, shape, moments))
     if set(state) != set(expected):
         kept = "" if master is None else f" and low_precision_update keeps {MASTER_KEYS[master]} ({master})"
-        raise ValueError(
-            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state {sorted(state)}; "
-            f"accepted: {sorted(expected)}"
+        yield (
+            f"{label} of shape {tuple(shape)}, where moments is {moments!r}{kept}, has state "
+            f"{sorted(map(str, state))}; accepted: {sorted(expected)}"
         )
+        return
     for key, (wanted_shape, dtype) in expected.items():
         value = state[key]
         if not isinstance(value, Tensor):
-            raise ValueError(f"{label}: {key} is a {type(value).__name__}; accepted: a tensor")
-        if tuple(value.shape) != wanted_shape or value.dtype != dtype:
-            raise ValueError(
+            yield f"{label}: {key} is a {type(value).__name__}; accepted: a tensor"
+        elif tuple(value.shape) != wanted_shape or value.dtype != dtype:
+            yield (
                 f"{label}: {key} has shape {tuple(value.shape)} and dtype {value.dtype}; "
                 f"accepted: {wanted_shape} and {dtype}"
             )

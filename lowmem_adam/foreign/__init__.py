@@ -9,16 +9,17 @@ an export to bitsandbytes holds one parameter's moments in fp32 at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lowmem_adam import saved_state, settings
 from lowmem_adam.foreign import of_bitsandbytes, of_torch
-from lowmem_adam.foreign.moments import SHARED_SETTINGS, Format, coded_state
+from lowmem_adam.foreign.moments import SHARED_SETTINGS, Format, Source, coded_state
 from lowmem_adam.foreign.overrides import split_overrides
 from lowmem_adam.layout import FLAT
+from lowmem_adam.saved_state import Owner
 
 __all__ = ["FORMATS", "from_own", "kind_of", "split_overrides", "to_own"]
 
@@ -79,31 +80,47 @@ def to_own(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, An
             ``Adam8bit``; blocks that do not have 256 elements; the gradient norms of percentile clipping.
         TypeError: a setting in a group that our optimizer knows to be another's.
     """
-    kind = kind_of(state_dict)
-    if kind == "lowmem_adam":
+    if kind_of(state_dict) == "lowmem_adam":
         return {**state_dict, "param_groups": [settings.completed(group) for group in state_dict["param_groups"]]}
-    form, saved_groups = FORMATS[kind], state_dict["param_groups"]
+    own_groups, states = each_to_own(state_dict, groups)
+    return {**state_dict, "state": dict(states), "param_groups": own_groups}
+
+
+def each_to_own(
+    state_dict: Any, groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], Iterator[tuple[Any, dict[str, Tensor]]]]:
+    """As ``to_own`` of another optimizer's state, a parameter's at a time: no more than that is held here.
+
+    Returns:
+        Our param groups; an id and our state of every parameter that has any. Groups, shapes and dtypes are checked
+        before the first, values as they come.
+    """
+    form, saved_groups = FORMATS[kind_of(state_dict)], state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param groups; accepted: {len(groups)}, as the optimizer")
     own_groups = [
-        _own_group(saved, group, form, f"state_dict, param group {index}")
+        own_group(saved, group, form, f"state_dict, param group {index}")
         for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
     ]
-    own = {**state_dict, "param_groups": own_groups}
-    owners = saved_state.owners_of(own, groups)  # groups and ids are checked before the moments, which take long
-    own["state"] = {}
+    # Groups and ids are checked before the moments, which take long.
+    owners = saved_state.owners_of({**state_dict, "param_groups": own_groups}, groups)
     sources = {
         key: form.read_state(state, owners[key].param.shape, owners[key].label)
         for key, state in state_dict["state"].items()
         if state  # an empty one is left behind where somebody read optimizer.state[param]
     }
+    return own_groups, _each_coded(sources, owners)
+
+
+def _each_coded(sources: Mapping[Any, Source], owners: Mapping[Any, Owner]) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     some_coded = any(source.as_they_are is not None for source in sources.values())
     for key, source in sources.items():
         param, moments, label, master = owners[key]
         stays_full = moments == FLAT and some_coded and source.as_they_are is None
-        own["state"][key] = coded_state(source, param.shape, moments, label, master, False if stays_full else None)
-    saved_state.check(own, groups)
-    return own
+        state = coded_state(source, param.shape, moments, label, master, False if stays_full else None)
+        saved_state.check_owned(state, owners[key])
+        yield key, state
+        del state  # before the next one's is made
 
 
 def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
@@ -136,7 +153,14 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
     if kind not in FORMATS:
         raise ValueError(f"kind is {kind!r}; accepted: {', '.join(map(repr, FORMATS))}")
     saved_state.check(state_dict, groups)
-    form, saved_groups = FORMATS[kind], state_dict["param_groups"]
+    owners = saved_state.owners_of(state_dict, groups)
+    states = {key: state_from_own(state, owners[key], kind) for key, state in state_dict["state"].items() if state}
+    return {**state_dict, "state": states, "param_groups": groups_from_own(state_dict["param_groups"], kind)}
+
+
+def groups_from_own(saved_groups: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The param groups of another optimizer, made of ours; a part of ``from_own``."""
+    form = FORMATS[kind]
     theirs = []
     for index, saved in enumerate(saved_groups):
         defaults = form.defaults(saved, f"state_dict, param group {index}")
@@ -144,12 +168,16 @@ def from_own(state_dict: Any, groups: Sequence[Mapping[str, Any]], kind: str) ->
         carried = {name: copy.deepcopy(saved[name]) for name in saved if name in defaults or name not in OWN_SETTINGS}
         params = carried.pop("params")
         theirs.append({**defaults, **carried, "lr": float(saved["lr"]), "params": params})
-    owners = saved_state.owners_of(state_dict, groups)
-    states = {key: form.write_state(state, *owners[key][:2]) for key, state in state_dict["state"].items() if state}
-    return {**state_dict, "state": states, "param_groups": theirs}
+    return theirs
 
 
-def _own_group(saved: Mapping[str, Any], group: Mapping[str, Any], form: Format, where: str) -> dict[str, Any]:
+def state_from_own(state: Mapping[str, Tensor], owner: Owner, kind: str) -> dict[str, Any]:
+    """A parameter's state of another optimizer, made of ours, which was checked; a part of ``from_own``."""
+    return FORMATS[kind].write_state(state, owner.param, owner.moments)
+
+
+def own_group(saved: Mapping[str, Any], group: Mapping[str, Any], form: Format, where: str) -> dict[str, Any]:
+    """Our param group, made of another optimizer's; a part of ``to_own``."""
     if missing := [name for name in SHARED_SETTINGS if name not in saved]:
         raise ValueError(
             f"{where} has no {', '.join(map(repr, missing))}; accepted: all of {', '.join(SHARED_SETTINGS)}"
