@@ -23,7 +23,7 @@ from lowmem_adam.decoded import DecodedMoment
 from lowmem_adam.foreign.moments import coded_state, step_count
 from lowmem_adam.foreign.of_torch import read_state
 from lowmem_adam.local import is_dtensor
-from lowmem_adam.state import FULL_KEYS, home_of, keeps_codes
+from lowmem_adam.state import CODED_KEYS, FULL_KEYS, home_of, keeps_codes
 
 _FLOAT32_STEPS = 2**24
 """Below it a float32 counts steps exactly, as torch's own optimizers do."""
@@ -153,7 +153,7 @@ def taken_over(
 ) -> dict[Tensor, dict[str, Tensor]]:
     """State of our own, made of fp32 moments that somebody has written into ``state``; nothing changes.
 
-    That is ``exp_avg`` where there are to be codes, or beside a step that is no int64 scalar.
+    That is ``exp_avg`` beside codes, or beside a step that is no int64 scalar.
 
     Args:
         groups: param groups.
@@ -171,19 +171,18 @@ def taken_over(
     for index, group in enumerate(groups):
         for place, param in enumerate(group["params"]):
             state = states.get(param)
-            if state and not is_dtensor(param) and _is_written(state, param, group["moments"]):
+            if state and not is_dtensor(param) and _is_written(state):
                 label = f"param group {index}, parameter {place}: state that was written into the optimizer"
                 _check_group(group, decoupled, label)
                 out[param] = _coded(param, state, group, label, offload)
     return out
 
 
-def _is_written(state: Mapping[str, Any], param: Tensor, moments: str) -> bool:
+def _is_written(state: Mapping[str, Any]) -> bool:
     if "exp_avg" not in state:
         return False
     step = state.get("step")
-    of_others = not isinstance(step, Tensor) or step.dtype != torch.int64
-    return of_others or (moments == "8bit" and keeps_codes(param.shape, moments))
+    return not isinstance(step, Tensor) or step.dtype != torch.int64 or any(key in state for key in CODED_KEYS)
 
 
 def _check_group(group: Mapping[str, Any], decoupled: bool, label: str) -> None:
