@@ -65,6 +65,7 @@ def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
     from lm_data import WindowSampler, load_corpus
     from lm_job import build_model
     from lm_training import language_model_loss
+    from processes import settle
     from reporting import write_json
     from torch import distributed as dist
 
@@ -100,7 +101,9 @@ def run(settings: Any, ds_config: dict[str, Any], output: Path) -> None:
     if place[0] == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, {**facts(engine), "losses": losses})
-    leave()
+    dist.barrier()
+    settle(place[1])
+    dist.destroy_process_group()
 
 
 def facts(engine: Any) -> dict[str, Any]:
@@ -115,18 +118,6 @@ def facts(engine: Any) -> dict[str, Any]:
         "bytes_per_parameter": stepped.memory_report()["bytes_per_parameter"],
         "lr": engine.get_lr()[0],
     }
-
-
-def leave() -> None:
-    """Leave the process group; see processes.py for why the threads of gloo's get a moment before."""
-    import time
-
-    from processes import SECONDS_FOR_LAST_WORKS
-    from torch import distributed as dist
-
-    dist.barrier()
-    time.sleep(SECONDS_FOR_LAST_WORKS)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from datetime import timedelta
 from functools import partial
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
-from lm_data import VOCABULARY_SIZE, Corpus, WindowSampler, load_corpus, validation_starts
+from lm_data import Corpus, WindowSampler, load_corpus, validation_starts
+from lm_model import byte_llama
 from lm_settings import PARAMETER_DTYPES, PRECISIONS, TrainingSettings, check_choice
 from optimizers import OptimizerSettings, build_optimizer
 from schedules import warmup_cosine
@@ -158,20 +158,12 @@ def build_job(settings: TrainingSettings, accelerator: Accelerator) -> Job:
 
 
 def build_model(settings: TrainingSettings) -> torch.nn.Module:
-    """A Llama with fresh weights, from transformers' own definition; nothing is downloaded."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
+    """The model that the settings ask for, with fresh weights in their dtype."""
+    model = byte_llama(
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=settings.seq_len,
-        tie_word_embeddings=False,
-        use_cache=False,
-        # Every byte is text: none of the 256 is set aside as a mark.
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        layers=settings.layers,
+        heads=settings.heads,
+        seq_len=settings.seq_len,
     )
-    return transformers.LlamaForCausalLM(config).to(PARAMETER_DTYPES[settings.param_dtype])
+    return model.to(PARAMETER_DTYPES[settings.param_dtype])

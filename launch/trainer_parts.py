@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from lm_data import VOCABULARY_SIZE
+from lm_model import byte_llama
 from lm_settings import check_choice
 from processes import leave
 
@@ -95,23 +95,15 @@ def start(settings: TrainerSettings) -> None:
 
 
 def build_model(settings: TrainerSettings, special_tokens: int = 0) -> transformers.LlamaForCausalLM:
-    """A Llama with fresh weights whose tokens are bytes; nothing is downloaded."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY_SIZE + special_tokens,
+    """The model that the settings ask for, with fresh weights."""
+    return byte_llama(
         hidden_size=settings.hidden_size,
         intermediate_size=2 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden_size // 32,
-        num_key_value_heads=settings.hidden_size // 32,
-        max_position_embeddings=settings.seq_len,
-        tie_word_embeddings=False,
-        use_cache=False,
-        # Every byte is text: none of the 256 is set aside as a mark.
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        layers=settings.layers,
+        heads=settings.hidden_size // 32,
+        seq_len=settings.seq_len,
+        special_tokens=special_tokens,
     )
-    return transformers.LlamaForCausalLM(config)
 
 
 def train(trainer: transformers.Trainer, settings: TrainerSettings) -> None:

@@ -32,6 +32,14 @@ def cpu_environment() -> dict[str, str]:
     return kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
+def forget_accelerate() -> None:
+    """Accelerate's process-wide state as in a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState  # others of these are used without it
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def extensions_folder() -> Path:
     """Where DeepSpeed builds its helper for processes on a CPU, once for all tests and runs: that takes 30 s."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -49,14 +49,6 @@ def tiny_settings(output_dir: Path, text: Path, **changes: Any) -> TrainingSetti
     return replace(settings, **changes)
 
 
-def forget_accelerate() -> None:
-    """Accelerate's process-wide state as in a process of its own."""
-    from accelerate.state import AcceleratorState, GradientState  # the parts of the job are tested without it, too
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def tiny_options(output_dir: Path, text: Path, **changes: str) -> list[str]:
     """The same run for the command line."""
     settings = tiny_settings(output_dir, text)

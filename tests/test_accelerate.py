@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 pytest.importorskip("accelerate", reason="these are its calls")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from lowmem_adam import Adam8bit, AdamW8bit, agreement, reduce_scatter_hook
 from lowmem_adam.local import whole_tensor
 from tests.cases import assert_same_bits, copied, gradient, params_of
 from tests.fsdp_on_cpu import choose_fsdp
+from tests.launching import forget_accelerate
 from tests.ranks import NEEDS_GLOO, on_ranks
 from tests.shard_jobs import in_order, values
 from tests.test_ddp import Model, loss_of
@@ -30,11 +30,6 @@ from tests.test_dtensor import Net
 from tests.test_shard_accelerate import accelerator_of
 
 SCALE = 2.0**10
-
-
-def forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def settings_of(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:

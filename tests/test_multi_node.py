@@ -20,12 +20,11 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
-from tests.launching import free_port, kill_tree, torchrun, wait_until
+from tests.launching import forget_accelerate, free_port, kill_tree, torchrun, wait_until
 
 from tests.lm_cases import (  # isort: skip  (puts launch/ on the path)
     LAUNCH,
     assert_same_tree,
-    forget_accelerate,
     tiny_options,
     tiny_settings,
     without_times,

@@ -22,13 +22,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_adam import kernels
-from tests.launching import accelerate_launch
+from tests.launching import accelerate_launch, forget_accelerate
 
 from tests.lm_cases import (  # isort: skip  (puts launch/ on the path)
     LAUNCH,
     OURS_AND_TORCH,
     assert_same_checkpoint,
-    forget_accelerate,
     tiny_options,
     tiny_settings,
     without_times,

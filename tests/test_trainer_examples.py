@@ -18,13 +18,12 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 
 from typer.testing import CliRunner
 
-from tests.launching import SECONDS, accelerate_launch, cpu_environment
+from tests.launching import SECONDS, accelerate_launch, cpu_environment, forget_accelerate
 from tests.ranks import NEEDS_GLOO
 
 from tests.lm_cases import LAUNCH  # isort: skip  (puts launch/ on the path)
 
 import trainer_lm
-from accelerate.state import AcceleratorState, GradientState
 
 TEXT = Path(sysconfig.get_path("stdlib")) / "http"
 SAVED, END = 2, 4
@@ -47,8 +46,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each run on the CPU, with accelerate's process-wide state as in a process of its own."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 def options(**changes: object) -> list[str]:

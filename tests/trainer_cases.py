@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
 from lowmem_adam import AdamW8bit
 from lowmem_adam.integrations.transformers import ConsolidateState, with_arguments
 from tests.cases import assert_same_bits, copied
+from tests.launching import forget_accelerate
 from tests.shard_jobs import SMALL_BUCKET, in_order
 
 VOCABULARY, LENGTH, EXAMPLES = 64, 16, 40
@@ -27,8 +27,7 @@ CHECKPOINT = f"checkpoint-{SAVED}"
 
 def one_of(rank: int, local_rank: int | None = None) -> None:
     """As ``accelerate launch`` starts a process; a second call is a process that starts anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     world = dist.get_world_size()
     variables: dict[str, Any] = {
         "RANK": rank,
