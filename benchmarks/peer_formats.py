@@ -53,8 +53,8 @@ class Float32:
 def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
     """The values of the dynamic tree type (Dettmers et al., arXiv 2110.02861): 256, or signed 16 in three decades.
 
-    Seven decades below 1, or fewer; decade i (from the smallest) is cut into 2^i equal parts for each sign, or 2^(i+1) without
-    one, whose middles are the values; 0 and 1 complete the table.
+    Seven decades below 1, or fewer; decade i (from the smallest) is cut into 2^i equal parts for each sign, or 2^(i+1)
+    without one, whose middles are the values; 0 and 1 complete the table.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(decades):

@@ -32,8 +32,8 @@ VALIDATION_STEPS = 10
 # 0.024): wide enough for ten steps, far below what a wrong bias correction, decay or rounding does.
 CODED_ERROR = 0.05
 
-# Codes that a peer may round the other way than the textbook whose moments pass through its format, as each computes the
-# middle of two values in its own precision: one in a hundred thousand, wrong by its element's whole displacement.
+# Codes that a peer may round the other way than the textbook whose moments pass through its format, as each computes
+# the middle of two values in its own precision: one in a hundred thousand, wrong by its element's whole displacement.
 FLIPPED_CODES = 1e-5
 
 # What an optional package may raise where it cannot be imported, built or run on this machine's CPU.
@@ -245,8 +245,8 @@ def displacement_error(contestant: Contestant) -> tuple[float, float]:
 
 def pass_through(coder: MomentFormat, oracle: TextbookAdam, step: int) -> None:
     """Give the textbook the moments that the format keeps of its own."""
-    flat = (moment.float().flatten() for moment in (oracle.exp_avg, oracle.exp_avg_sq))
-    kept = coder.decode(coder.encode(*flat, step))
+    exp_avg, exp_avg_sq = (moment.float().flatten() for moment in (oracle.exp_avg, oracle.exp_avg_sq))
+    kept = coder.decode(coder.encode(exp_avg, exp_avg_sq, step))
     oracle.exp_avg, oracle.exp_avg_sq = (moment.double().view_as(oracle.param) for moment in kept)
 
 
