@@ -1,6 +1,6 @@
 """What optimizers hold, take for a step and write into a checkpoint, by size, in a process of their own.
 
-    python -m benchmarks.memory_probe '{"labels": [...], "numels": [...], "threads": 2, "seconds": 30}'
+    python -m benchmarks.memory_probe '{"labels": [...], "numels": [...], "main": 33554432, "threads": 2, "seconds": 9}'
 
 State is counted by the memory behind its tensors: those of dicts and lists in it and those within tensor subclasses
 included, each storage once.
@@ -32,6 +32,7 @@ from benchmarks.step_timing import available_bytes
 
 PATTERN = 1 << 20
 TIMEOUT = 900
+COMPILES = "compiles anew for every size, so three are taken"
 
 
 def all_contestants() -> list[Contestant]:
@@ -70,7 +71,7 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
     """Plain tensors of a state: those of mappings and sequences, and those that a tensor subclass consists of."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
-            for name in value.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            for name in value.__tensor_flatten__()[0]:
                 yield from tensors_within(getattr(value, name))
         else:
             yield value
@@ -100,25 +101,34 @@ def same_bits(ours: Sequence[Parameter], others: Sequence[Parameter]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
 
 
-def measure_one(contestant: Contestant, numel: int, folder: Path) -> dict[str, Any]:
-    """A row: state, growth of the peak over a steady step, the file, and the step after a load.
+def measure_one(contestant: Contestant, numel: int, folder: Path | None) -> dict[str, Any]:
+    """A row: state, growth of the peak over a steady step and, with a folder, the file and the step after a load.
 
     Returns:
-        ``state_bytes``, ``peak_extra_bytes`` (None where the system does not say), ``file_bytes``, ``weights_only``
-        (whether the file is read so), ``same_bits`` (whether the next step of an optimizer that loaded the file gives
-        the parameters that the saved one's gives), ``first_seconds`` and ``step_seconds``.
+        ``state_bytes``, ``peak_extra_bytes`` (None where the system does not say), ``first_seconds`` and
+        ``step_seconds``; with a folder also what `saved_and_loaded` says.
     """
     shapes = shape_of(numel)
     params = filled_params(shapes, contestant.dtype)
     optimizer = contestant.build(params)
-    first = seconds(optimizer.step)
-    optimizer.step()
-    timed: list[float] = []
-    extra = peak_growth(lambda: timed.append(seconds(optimizer.step)))
-    row: dict[str, Any] = {"numel": count(shapes), "state_bytes": held_bytes(optimizer), "peak_extra_bytes": extra}
+    row: dict[str, Any] = {"numel": count(shapes), "first_seconds": seconds(optimizer.step)}
+    row["step_seconds"] = seconds(optimizer.step)
+    row |= {"peak_extra_bytes": peak_growth(optimizer.step), "state_bytes": held_bytes(optimizer)}
+    return row | ({} if folder is None else saved_and_loaded(contestant, params, optimizer, folder))
+
+
+def saved_and_loaded(
+    contestant: Contestant, params: Sequence[Parameter], optimizer: Optimizer, folder: Path
+) -> dict[str, Any]:
+    """What a checkpoint weighs, and whether it is all that there is to the optimizer.
+
+    Returns:
+        ``file_bytes``, ``weights_only`` (whether the file is read so) and ``same_bits`` (whether the next step of an
+        optimizer that loaded the file gives the parameters that the saved one's gives).
+    """
     path = folder / "checkpoint.pt"
     torch.save(optimizer.state_dict(), path)
-    row["file_bytes"] = path.stat().st_size
+    row: dict[str, Any] = {"file_bytes": path.stat().st_size}
     copies = [Parameter(param.detach().clone()) for param in params]
     for copy, param in zip(copies, params, strict=True):
         copy.grad = param.grad
@@ -126,49 +136,48 @@ def measure_one(contestant: Contestant, numel: int, folder: Path) -> dict[str, A
     state_dict, row["weights_only"] = load_file(path)
     path.unlink()
     loaded.load_state_dict(state_dict)
-    del state_dict
     for stepped in (optimizer, loaded):
         stepped.step()
-    row["same_bits"] = same_bits(params, copies)
-    return row | {"first_seconds": first, "step_seconds": timed[0] if timed else first}
+    return row | {"same_bits": same_bits(params, copies)}
 
 
-def why_not(contestant: Contestant, numel: int, needed: float, left: float) -> str | None:
-    """Why a size is left out, if it is: no time, or no memory for two of everything and the file's contents."""
-    if needed > left:
+def why_not(contestant: Contestant, numel: int, main: int, needed: float, left: float) -> str | None:
+    """Why a size is left out, if it is. Time is no reason up to the main size."""
+    if numel > main and needed > left:
         return f"would take about {needed:.0f} s of {max(left, 0):.0f} s left"
-    memory, free = 2.5 * numel * contestant.held_bytes, available_bytes()
+    memory, free = (2.5 if numel <= main else 1.3) * numel * contestant.held_bytes, available_bytes()
     return f"needs {memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free" if memory > free else None
 
 
-def probe(contestant: Contestant, numels: Sequence[int], seconds_left: float) -> list[dict[str, Any]]:
-    """Rows of the sizes, the smallest first; those that time or memory do not allow say why they were left out."""
+def probe(contestant: Contestant, numels: Sequence[int], main: int, seconds_left: float) -> list[dict[str, Any]]:
+    """Rows of the sizes in ascending order; those that are left out say why. Files are written up to the main size."""
     rows: list[dict[str, Any]] = []
     end, needed = time.perf_counter() + seconds_left, 0.0
+    taken = {numels[0], numels[len(numels) // 3], main} if contestant.compiled else set(numels)
     contestant.build(filled_params([(16, 16)], contestant.dtype)).step()  # imports and loads what it needs
     with tempfile.TemporaryDirectory() as folder:
         for position, numel in enumerate(numels):
-            if why := why_not(contestant, numel, needed, end - time.perf_counter()):
-                rows += [{"numel": count(shape_of(n)), "left_out": why} for n in numels[position:]]
-                break
+            why = COMPILES if numel not in taken else None
+            why = why or why_not(contestant, numel, main, needed, end - time.perf_counter())
+            if why is not None:
+                rows.append({"numel": count(shape_of(numel)), "left_out": why})
+                continue
             start = time.perf_counter()
-            rows.append(measure_one(contestant, numel, Path(folder)))
+            rows.append(measure_one(contestant, numel, Path(folder) if numel <= main else None))
+            gc.collect()  # an optimizer whose parts refer to one another stays until then
             if position + 1 < len(numels):
-                # What is compiled in the first step takes as long for the next size; the rest grows with it.
-                first = rows[-1]["first_seconds"]
-                work = time.perf_counter() - start - first
-                needed = first + work * numels[position + 1] / numel
-                gc.collect()  # an optimizer whose parts refer to one another stays until then
+                needed = (time.perf_counter() - start) * numels[position + 1] / numel
     return rows
 
 
 def run_probe(
-    contestants: Sequence[Contestant], numels: Sequence[int], threads: int, seconds_left: float
+    contestants: Sequence[Contestant], numels: Sequence[int], main: int, threads: int, seconds_left: float
 ) -> dict[str, list[dict[str, Any]]]:
     """`probe` of each in one fresh process, by label; each has its part of the seconds."""
     asked = {
         "labels": [c.label for c in contestants],
         "numels": list(numels),
+        "main": main,
         "threads": threads,
         "seconds": seconds_left / len(contestants),
     }
@@ -185,7 +194,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(asked["threads"])
     known = {contestant.label: contestant for contestant in all_contestants()}
-    print(json.dumps({name: probe(known[name], asked["numels"], asked["seconds"]) for name in asked["labels"]}))
+    given = (asked["numels"], asked["main"], asked["seconds"])
+    print(json.dumps({label: probe(known[label], *given) for label in asked["labels"]}))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Contestant:
     optional: bool = False
     float32_corrections: bool = False
     """Whether 1 - beta ** step is computed in float32, which loses most of its digits in the first steps."""
+    compiled: bool = False
+    """Whether every shape of a parameter is compiled anew in its first step, for seconds."""
     coder: Callable[[], MomentFormat] | None = None
     """A format so coarse that its own error would hide a wrong step: the textbook's moments pass through it as well."""
 
@@ -180,9 +182,18 @@ def installed_peers() -> list[Contestant]:
     return [
         Contestant(DEEPSPEED, torch.float32, deepspeed_adam, 8, passes=True, optional=True, float32_corrections=True),
         Contestant(BITSANDBYTES, torch.float32, _bitsandbytes, peer_bytes, coded=True, optional=True),
-        Contestant(TORCHAO, torch.float32, _torchao("AdamW8bit"), peer_bytes, coded=True, optional=True),
+        Contestant(TORCHAO, torch.float32, _torchao("AdamW8bit"), peer_bytes, coded=True, optional=True, compiled=True),
         *(
-            Contestant(name, torch.float32, _torchao(kind), held, optional=True, float32_corrections=True, coder=coder)
+            Contestant(
+                name,
+                torch.float32,
+                _torchao(kind),
+                held,
+                optional=True,
+                float32_corrections=True,
+                compiled=True,
+                coder=coder,
+            )
             for name, kind, held, coder in (
                 (TORCHAO_4BIT, "AdamW4bit", 1 + 8 / 128, FourBits),
                 (TORCHAO_FP8, "AdamWFp8", peer_bytes, Float8),
