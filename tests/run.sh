@@ -5,7 +5,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh test train bench integrations
+source launch/environment.sh test train bench integrations docs
 # Kernels for GPUs are interpreted and compiled by Triton, which needs none.
 python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' ||
     python -m pip --disable-pip-version-check install --quiet --requirement launch/triton.txt
