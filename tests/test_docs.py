@@ -274,7 +274,7 @@ def test_every_file_of_the_package_is_named() -> None:
             folders.append(name)
         else:
             named.add("".join(folders) + name)
-    suffixes = {".py", ".cpp", ".h", ".txt"}
+    suffixes = {".py", ".cpp", ".h", ".txt", ".typed"}
     there = {name_of(path) for path in (ROOT / "lowmem_adam").rglob("*") if path.suffix in suffixes}
     assert {name for name in named if name.startswith("lowmem_adam/")} == there
 
