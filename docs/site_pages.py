@@ -2,8 +2,8 @@
 
 Pages link to each other and to files of the repository by relative paths, as GitHub takes them. In the site
 
-* Markdown and pictures outside of ``docs/`` that a page links to, and what those link to in turn, become parts of the site
-  at their own path (README.md as ``overview.md``);
+* Markdown and pictures outside of ``docs/`` that a page links to, and what those link to in turn, become parts of the
+  site at their own path (README.md as ``overview.md``);
 * other files and folders are links to the repository, where its address is known: ``repo_url`` of the configuration
   (the variable ``LOWMEM_ADAM_REPOSITORY``), ``[project.urls]`` of pyproject.toml, or the variables that GitHub sets
   for its workflows. Where it is not, files are copied into the site as they are, and folders are no links.

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, the reference of the command line, as the program describes itself: ``python docs/write_cli.py``."""
+"""Writes docs/cli.md, the command line as the program describes itself: ``python docs/write_cli.py``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 PAGE = Path(__file__).with_name("cli.md")
 OPENING = """# Command line
 
-`pip install "lowmem-adam[cli]"` brings the program; `lowmem-adam --install-completion` completes names and options in the
-shell. This page is written by `python docs/write_cli.py` from what `--help` says.
+`pip install "lowmem-adam[cli]"` brings the program; `lowmem-adam --install-completion` completes names and options in
+the shell. This page is written by `python docs/write_cli.py` from what `--help` says.
 """
 
 

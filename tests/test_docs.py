@@ -228,7 +228,8 @@ def wrong_options(text: str) -> list[str]:
     wrong = []
     for command, rest in COMMAND.findall(text):
         known = {*options_of(command), "--help"}
-        wrong += [f"{command} {option}" for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest) if option not in known]
+        given = re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)
+        wrong += [f"{command} {option}" for option in given if option not in known]
     return wrong
 
 

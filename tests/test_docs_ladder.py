@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: the figures of its ladder are those of ``lowmem_adam.plan``, the errors it quotes are real ones."""
+"""docs/troubleshooting.md: figures of its ladder are those of ``lowmem_adam.plan``, errors that it quotes are real."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def bytes_of(dtype: torch.dtype, **settings: Any) -> tuple[Bytes, Bytes]:
 
 def test_the_ladder_starts_where_torch_is() -> None:
     model = of_shapes(LLAMA_8B)
-    (total,) = (
-        row.device.total for row in plan(model, Settings(dtype=torch.float32)).rows if row.name.startswith("torch AdamW")
-    )
+    rows = plan(model, Settings(dtype=torch.float32)).rows
+    (total,) = (row.device.total for row in rows if row.name.startswith("torch AdamW"))
     assert LADDER["0"][3:6] == [f"{total / model.numel:.2f}", f"{total / 2**30:.2f}", ""]
 
 

@@ -1,4 +1,4 @@
-"""docs/migration.md: each example is run. The old optimizer trains, its state is saved, and the run goes on with ours."""
+"""docs/migration.md: each example is run. The old optimizer trains, its state is saved, the run goes on with ours."""
 
 from __future__ import annotations
 
@@ -80,6 +80,5 @@ def test_a_run_goes_on(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             dist.destroy_process_group()
     moved = torch.cat([(b - a).flatten() for a, b in zip(start, model.parameters(), strict=True)])
     apart = torch.cat([(b - a).flatten() for a, b in zip(model.parameters(), names["model"].parameters(), strict=True)])
-    # One coding is worth about 1% of an update, bitsandbytes' and torchao's own two. A run that began anew would part by
-    # more than a third.
-    assert apart.norm() <= 0.06 * moved.norm()
+    # One coding is worth some 1% of an update (docs/format.md). A run begun anew parts by more than the update itself.
+    assert apart.norm() <= 0.03 * moved.norm()

@@ -34,9 +34,10 @@ def _is_ours(names: set[str], keys: set[str]) -> bool:
 def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
     if saved.get("amsgrad") is not False:
         raise ValueError(f"{where}: amsgrad is {saved.get('amsgrad')!r}; accepted: False, there is no AMSGrad variant")
-    if saved.get("bias_correction", True) is not True:
+    corrected = saved.get("bias_correction", True)
+    if corrected is not True:
         raise ValueError(
-            f"{where}: bias_correction is {saved['bias_correction']!r}; accepted: True, moments are always bias-corrected"
+            f"{where}: bias_correction is {corrected!r}; accepted: True, moments are always corrected"
         )
 
 
