@@ -71,7 +71,9 @@ def test_a_run_goes_on(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert type(ours) is AdamW8bit
         assert {int(state["step"]) for state in ours.state.values()} == {10}
         assert len(ours.state) == len(list(model.parameters()))
-        assert (float(ours.param_groups[0]["lr"]), ours.param_groups[0]["weight_decay"]) == (pytest.approx(3e-4), 0.1)
+        group = ours.param_groups[0]
+        assert group["weight_decay"] == 0.1
+        assert float(group["lr"]) == pytest.approx(3e-4, rel=2.0**-24)  # torchao keeps it in float32
         start = [param.detach().clone() for param in model.parameters()]
         train(model, theirs, range(10, 11))
         train(names["model"], ours, range(10, 11))

@@ -36,9 +36,7 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
         raise ValueError(f"{where}: amsgrad is {saved.get('amsgrad')!r}; accepted: False, there is no AMSGrad variant")
     corrected = saved.get("bias_correction", True)
     if corrected is not True:
-        raise ValueError(
-            f"{where}: bias_correction is {corrected!r}; accepted: True, moments are always corrected"
-        )
+        raise ValueError(f"{where}: bias_correction is {corrected!r}; accepted: True, moments are always corrected")
 
 
 def read_state(state: Mapping[str, Any], shape: Sequence[int], label: str) -> Source:
