@@ -173,6 +173,40 @@ def test_every_page_is_in_the_navigation_once() -> None:
         assert (ROOT / "docs" / page).exists() or (ROOT / outside.get(page, page)).exists(), page
 
 
+def merged_lines(text: str) -> list[str]:
+    """Lines at which GitHub begins a list, a table or a block of code and mkdocs' Markdown does not.
+
+    That wants an empty line before them, and within a list an indentation of four blanks.
+    """
+    found, before, fenced = [], "", False
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        item = re.match(r"( *)([*-]|\d+\.) ", line)
+        starts = [
+            fence is not None and (bool(before.strip()) or len(fence[1]) % 4 > 0),
+            item is not None and (len(item[1]) % 4 > 0 or not re.match(r"$| |[*-] |\d+\. ", before)),
+            line.startswith("|") and before != "" and not before.startswith("|"),
+        ]
+        if any(starts) and not fenced:
+            found.append(line)
+        fenced ^= fence is not None
+        before = line
+    return found
+
+
+@pytest.mark.parametrize("page", [path for path in PAGES if path.parent.name != "results"], ids=name_of)
+def test_pages_read_alike_on_github_and_in_the_site(page: Path) -> None:
+    text = re.sub(r"^::: .*\n(    .*\n)*", "", text_of(page), flags=re.MULTILINE)
+    assert merged_lines(text) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a\n* b", "a\n1. b", "a\n| b |", "# a\n| b |", "a\n```text\n```", "* a\n\n  ```text\n  ```", "* a\n  * b"]
+)
+def test_line_that_mkdocs_merges_is_found(text: str) -> None:
+    assert len(merged_lines(text)) == 1
+
+
 # ---------------------------------------------------------------- code in pages
 
 
