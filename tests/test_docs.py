@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 import pytest
 
+import lowmem_adam
 from lowmem_adam import Adam8bit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,6 +293,17 @@ def test_reference_of_the_command_line_is_what_the_program_says_of_itself() -> N
         for option, words in options_of(command).items():
             assert option.strip("-") in module.page().lower()
             assert words.replace("|", "\\|") in module.page()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = text_of(ROOT / "docs/api.md")
+    entries = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    there = {entry.removeprefix("lowmem_adam.").partition(".")[0] for entry in entries}
+    assert set(lowmem_adam.__all__) - {"__version__"} <= there
+    for name in re.findall(r"`(lowmem_adam\.[\w.]+)`", text.partition("::: ")[0]):
+        module, _, attribute = name.rpartition(".")
+        if "integrations" not in name:
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
 # ---------------------------------------------------------------- the tree, and the site
