@@ -203,6 +203,7 @@ def main(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; default: both.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed steps of every contestant.", min=1)] = 9,
     output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and PNG files.")] = harness.RESULTS,
+    name: Annotated[str, typer.Option(help="Name of the files, for some of the cases.")] = "sharding",
 ) -> None:
     """Measure sharded steps; ends with 1 if ours misses a target at full size."""
     known = models(quick)
@@ -220,7 +221,7 @@ def main(
     for title, header, rows in tables(data):
         harness.print_table(title, header, rows)
         pages.append(f"## {title}\n\n{harness.markdown_table(header, rows)}")
-    path = harness.write_results("sharding", {"quick": quick, **data}, "\n\n".join(pages), output)
+    path = harness.write_results(name, {"quick": quick, **data}, "\n\n".join(pages), output)
     if data["cases"]:
         plot(data, path.with_suffix(".png"))
     if not quick and any(v["met"] is False for v in data["verdicts"]):

@@ -75,13 +75,13 @@ class DynamicMap:
         rows = as_blocks(flat, self.block)
         absmax = rows.abs().amax(1).clamp_min(self.least_scale)
         scaled = rows / torch.where(absmax > 0, absmax, 1.0)[:, None]
-        table = self.tables[key]
+        table = self.tables[key].to(flat.device)
         codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)
         return {f"{key}.codes": codes.to(torch.uint8).flatten()[: flat.numel()], f"{key}.absmax": absmax}
 
     def _decode_one(self, coded: Coded, key: str) -> Tensor:
         codes, absmax = coded[f"{key}.codes"], coded[f"{key}.absmax"]
-        values = self.tables[key][codes.int()]
+        values = self.tables[key].to(codes.device)[codes.int()]
         return (as_blocks(values, self.block) * absmax[:, None]).flatten()[: codes.numel()]
 
     def encode(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> Coded:
