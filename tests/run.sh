@@ -5,7 +5,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh test train bench integrations
+source launch/environment.sh test train bench integrations docs
 # Kernels for GPUs are interpreted and compiled by Triton, which needs none.
 python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' ||
     python -m pip --disable-pip-version-check install --quiet --requirement launch/triton.txt
@@ -33,7 +33,7 @@ for name in package environment native_isas configs multi_node foreign foreign_r
     plan plan_measured plan_models convert verify gpu gpu_exact gpu_code gpu_interpreted \
     interpreted_optimizer triton compile compile_operator \
     accelerate accelerate_launch threads shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups \
-    sim_device offload out_of_memory in_backward in_backward_ranks \
+    sim_device offload out_of_memory in_backward in_backward_ranks docs docs_ladder format_bounds \
     in_backward_refusals reference rounding codec layout peer_formats peer_free_running parity_short; do
     again+=(--ignore "tests/test_$name.py")
 done

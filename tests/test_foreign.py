@@ -243,6 +243,21 @@ def test_a_step_may_be_any_number(step: Any) -> None:
     assert_same_bits(own["state"][0]["step"], torch.tensor(7))
 
 
+def test_state_of_deepspeed_cpu_adam_is_torchs_with_another_setting() -> None:
+    """As its ``state_dict()`` has it: steps are integers, groups have ``bias_correction`` and nothing of torch's."""
+    saved = SOURCES["torch AdamW"].saved()
+    opt = AdamW8bit(make_params(FEW))
+    wanted = foreign.to_own(saved, opt.param_groups)
+    (group,) = saved["param_groups"]
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+    theirs = {**{name: group[name] for name in names}, "bias_correction": True}
+    states = {key: {**state, "step": int(state["step"])} for key, state in saved["state"].items()}
+    own = foreign.to_own({"state": states, "param_groups": [theirs]}, opt.param_groups)
+    assert_same_bits(own["state"], wanted["state"])
+    assert "bias_correction" not in own["param_groups"][0]
+    opt.load_state_dict(own)
+
+
 def test_our_own_state_is_returned_as_it_is() -> None:
     opt = trained(AdamW8bit, steps=1)
     saved = opt.state_dict()

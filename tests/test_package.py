@@ -28,7 +28,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"accelerate", "bitsandbytes", "deepspeed", "integrations", "lightning", "transformers"}
-EXTRAS = TOOLS | {"cli", "train", "bench", "test", "all"}
+EXTRAS = TOOLS | {"cli", "train", "bench", "docs", "test", "all"}
 SOURCES = (".py", ".sh", ".cpp", ".h", ".inl")
 MAX_LINES = 500
 

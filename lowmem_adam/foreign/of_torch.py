@@ -1,6 +1,8 @@
 """State of ``torch.optim.Adam`` and ``AdamW``: fp32 or 16-bit moments in the parameter's dtype and strides.
 
-Source: torch 2.13, ``torch/optim/adam.py``, ``adamw.py``.
+Also of DeepSpeedCPUAdam, whose state looks the same but for a setting ``bias_correction``.
+
+Sources: torch 2.13, ``torch/optim/adam.py``, ``adamw.py``; DeepSpeed 0.19.8, ``deepspeed/ops/adam/cpu_adam.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ def _is_ours(names: set[str], keys: set[str]) -> bool:
 def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
     if saved.get("amsgrad") is not False:
         raise ValueError(f"{where}: amsgrad is {saved.get('amsgrad')!r}; accepted: False, there is no AMSGrad variant")
+    corrected = saved.get("bias_correction", True)
+    if corrected is not True:
+        raise ValueError(f"{where}: bias_correction is {corrected!r}; accepted: True, moments are always corrected")
 
 
 def read_state(state: Mapping[str, Any], shape: Sequence[int], label: str) -> Source:
@@ -62,7 +67,7 @@ def _write_state(state: Mapping[str, Tensor], param: Tensor, moments: str) -> di
 
 
 FORMAT = Format(
-    settings=("amsgrad", "foreach", "capturable", "differentiable", "fused"),
+    settings=("amsgrad", "foreach", "capturable", "differentiable", "fused", "bias_correction"),
     is_ours=_is_ours,
     check_group=_check_group,
     read_state=read_state,
