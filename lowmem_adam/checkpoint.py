@@ -75,8 +75,11 @@ def write(whole: dict[str, Any], target: Path, wrote: Callable[[int], None] | No
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and error.__context__ is not None:
+            # Closing its archive, torch finds that not all is there, and says that instead of what had happened.
+            raise error.__context__ from None
         raise
 
 
