@@ -52,7 +52,8 @@ def whole_params(shapes: Shapes, dtype: torch.dtype, seed: int = 0) -> list[Tens
 
 
 def placed(values: Sequence[Tensor], mesh: Any, placements: Sequence[Placement]) -> list[nn.Parameter]:
-    return [nn.Parameter(distribute_tensor(value, mesh, placements, src_data_rank=None)) for value in values]
+    # Copies: without a source rank torch 2.9 takes shards that lie in the whole tensor.
+    return [nn.Parameter(distribute_tensor(value.clone(), mesh, placements, src_data_rank=None)) for value in values]
 
 
 def take_steps(opt: AdamW8bit, steps: range) -> None:
