@@ -7,7 +7,8 @@ d_i is the difference of their final validation losses and s the standard deviat
 over the seeds. An optimizer has parity on a task where every run stays finite and |mean(d_i)| <= s: exchanging the
 optimizer changes the result by no more than drawing another seed does, so that nobody could tell the two apart from
 a run of each. Pairing removes the seeds' own spread from the d_i, so that a few seeds resolve a difference well below
-s: the standard error of mean(d_i) is printed beside it. The negative control, m and v each linear in 8 bits, must fail
+s: mean(d_i) has its standard error and its 95% confidence interval (Student's t) beside it, and where the whole interval
+lies within s, the seeds were enough to say so. The negative control, m and v each linear in 8 bits, must fail
 the same check; where it passes, the task proves nothing.
 """
 
@@ -68,11 +69,14 @@ def judge(baseline: list[float], other: list[float]) -> dict[str, Any]:
     assert len(baseline) == len(other) >= 2, (len(baseline), len(other))
     spread = statistics.stdev(baseline)
     differences = [b - a for a, b in zip(baseline, other, strict=True)]
+    verdict: dict[str, Any] = {"mean_difference": math.inf, "standard_error": math.inf, "seed_spread": spread}
     if not all(math.isfinite(d) for d in differences):
-        return {"mean_difference": math.inf, "standard_error": math.inf, "seed_spread": spread, "parity": False}
+        return verdict | {"interval": None, "interval_within_spread": False, "parity": False}
     mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return {"mean_difference": mean, "standard_error": error, "seed_spread": spread, "parity": abs(mean) <= spread}
+    half = harness.t_quantile(0.975, len(differences) - 1) * error
+    verdict |= {"mean_difference": mean, "standard_error": error, "interval": [mean - half, mean + half]}
+    return verdict | {"interval_within_spread": abs(mean) + half <= spread, "parity": abs(mean) <= spread}
 
 
 def measure(tasks: list[str], optimizers: list[str], seeds: int, workers: int, quick: bool) -> dict[str, Any]:
@@ -104,10 +108,13 @@ def rows_of(data: dict[str, Any]) -> list[list[harness.Cell]]:
             cells: list[harness.Cell] = [task, name, statistics.fmean(finals), min(finals), max(finals)]
             if verdict is None:
                 spread = statistics.stdev(finals)
-                rows.append([*cells, "", "", spread, "baseline"])
+                rows.append([*cells, "", "", "", spread, "", "baseline"])
                 continue
-            keys = ("mean_difference", "standard_error", "seed_spread")
-            rows.append([*cells, *(verdict[key] for key in keys), "yes" if verdict["parity"] else "no"])
+            between = "-" if verdict["interval"] is None else "{:.4g} to {:.4g}".format(*verdict["interval"])
+            figures = [verdict["mean_difference"], verdict["standard_error"], between, verdict["seed_spread"]]
+            rows.append(
+                [*cells, *figures, *("yes" if verdict[k] else "no" for k in ("interval_within_spread", "parity"))]
+            )
     return rows
 
 
@@ -127,6 +134,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
             others = [run["final"] for run in found["runs"][name]]
             differences = [b - a for a, b in zip(baseline, others, strict=True) if math.isfinite(b)]
             axis.scatter([position] * len(differences), differences, s=14)
+            if (interval := found["verdicts"][name]["interval"]) is not None:
+                axis.plot([position + 0.15] * 2, interval, color="black", linewidth=1.5)
         axis.set_yscale("symlog", linthresh=max(spread, 1e-6) * 2)
         names = list(found["verdicts"])
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
@@ -159,7 +168,9 @@ def main(
         "worst",
         "mean difference",
         "standard error",
+        "95% interval",
         "spread s",
+        "interval within s",
         "parity",
     ]
     title = f"Final validation loss, {seeds} paired seeds" + (" (quick run, not to be quoted)" if quick else "")

@@ -1,15 +1,17 @@
 """How long a step takes, how much memory it moves and how much it needs, against other optimizers on the CPU.
 
-    python -m benchmarks.bench_step_time [--quick]
+    python -m benchmarks.bench_step_time [--quick] [--seconds 420]
 
 Every contestant first has to follow the textbook Adam in float64. Those that are compared take turns within one run,
-in another order every round; figures are medians over rounds. LOWMEM_ADAM_ISA pins our instruction set.
+in another order every round; figures are medians over rounds, of which there are fewer
+where the time runs out, but never fewer than five. LOWMEM_ADAM_ISA pins our instruction set.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import torch
 import typer
 
 from benchmarks import harness
+from benchmarks.growth import GROWTH_HEADER, growth, growth_row
 from benchmarks.step_contestants import (
     BITSANDBYTES,
     DEEPSPEED,
@@ -43,9 +46,13 @@ FUSED_TARGET = {"avx512": 0.60, "avx2": 0.90}  # fp32, by instruction set
 BF16_TARGET, EXACT_TARGET, CACHED_TARGET, MANY_TENSORS_TARGET = 0.70, 1.05, 1.0, 1.10
 PEER_TARGETS = {DEEPSPEED: 0.62, BITSANDBYTES: 1 / 40, TORCHAO: 1 / 40}
 BANDWIDTH_TARGET, FIRST_STEP_TARGET = 0.85, 3.0
+BEYOND_CACHES = 9_000_000  # parameters, whose least bytes (ours in bf16: 6 each) no cache holds
+TIME_EXPONENT = 0.1
+"""How far from 1 the exponent of a step's growth may be to be called linear. n log n, at 1.07, is not told from it."""
 MIB = 1 << 20
 EXTRA_MIB_TARGET = 1.0  # a thread
 ALONE = "one tensor"
+VALIDATION_TITLE = "Validation: error of the displacement against float64 Adam (4-bit and fp8: of coded moments)"
 
 Table = tuple[str, list[str], list[list[harness.Cell]]]
 
@@ -61,6 +68,15 @@ class Size:
     stream: int = 1 << 26  # 268 MB an array: far more than any cache
     plan: Plan = field(default_factory=Plan)
     probes: int = 5
+    main_share: float = 0.2
+    """Of the time that is left when a field begins, for its rounds; so are the next two."""
+    sweep_share: float = 0.03
+    gpt2_share: float = 0.12
+
+    def plan_until(self, end: float, share: float) -> Plan:
+        """The plan, in a share of what is left of the time; its least number of rounds is timed in any case."""
+        left = max(end - time.perf_counter(), 0.0)
+        return replace(self.plan, seconds=min(self.plan.seconds, share * left))
 
 
 QUICK = Size(
@@ -83,29 +99,43 @@ def native() -> dict[str, Any]:
     return {key: Path(value).name if isinstance(value, str) else value for key, value in told.items()}
 
 
-def measure_times(timed: Sequence[Contestant], size: Size) -> dict[str, Any]:
+def measure_times(timed: Sequence[Contestant], size: Size, end: float) -> dict[str, Any]:
     """The fields: all contestants at the main size, ours and torch fused over sizes, GPT-2's tensors."""
     everywhere = [c for c in timed if c.name in (OURS, FUSED)]
+    everyone = [Entry(c, one_tensor(size.main)) for c in timed]
+    main = time_field(everyone, size.plan_until(end, size.main_share), size.stream)
     sweep = {}
     for numel in size.sweep:
         entries = [Entry(c, one_tensor(numel)) for c in everywhere]
-        sweep[str(numel)] = time_field(entries, size.plan)
+        sweep[str(numel)] = time_field(entries, size.plan_until(end, size.sweep_share))
     many = [Entry(c, size.gpt2) for c in timed if c.name in (OURS, FUSED, FOREACH, DEEPSPEED)]
     width = size.gpt2[0][1]
     alone = [Entry(c, [(count(size.gpt2) // width, width)], ALONE) for c in everywhere if c.dtype == torch.float32]
-    return {
-        "main": time_field([Entry(c, one_tensor(size.main)) for c in timed], size.plan, size.stream),
-        "sweep": sweep,
-        "gpt2": time_field([*many, *alone], size.plan),
-    }
+    gpt2 = time_field([*many, *alone], size.plan_until(end, size.gpt2_share))
+    return {"main": main, "sweep": sweep, "gpt2": gpt2}
+
+
+def time_growth(sweep: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fits of a step's seconds over all sizes and over those beyond the caches, where there are three or more."""
+    rows = [row for field_ in sweep.values() for row in field_["times"]]
+    out: dict[str, dict[str, Any]] = {}
+    for label in dict.fromkeys(row["label"] for row in rows):
+        for sizes, least in (("all", 0), ("beyond caches", BEYOND_CACHES)):
+            found = [row for row in rows if row["label"] == label and row["numel"] >= least]
+            if len(found) >= 3:
+                numels = [row["numel"] for row in found]
+                seconds = [row["ns"] * row["numel"] * 1e-9 for row in found]
+                fitted = growth(numels, seconds, TIME_EXPONENT, with_constant=sizes == "all")
+                out.setdefault(label, {})[sizes] = fitted
+    return out
 
 
 def measure_probes(timed: Sequence[Contestant], size: Size, peers: bool) -> list[dict[str, Any]]:
-    """First step and memory: ours and torch's fused in several processes, what takes minutes in one."""
+    """First step and memory: ours and torch's fused in several processes, others in one."""
     chosen = [c for c in timed if c.name in (OURS, FUSED) or (peers and c.dtype == torch.float32)]
     rows = []
     for contestant in chosen:
-        times = 1 if contestant.optional else size.probes
+        times = size.probes if contestant.name in (OURS, FUSED) else 1
         runs = [run_probe(contestant, size.main, torch.get_num_threads()) for _ in range(times)]
         steady = harness.median(s for run in runs for s in run["steady_seconds"])
         row: dict[str, Any] = {"label": contestant.label, "processes": times, "steady_seconds": steady}
@@ -195,6 +225,16 @@ def sweep_table(data: dict[str, Any]) -> Table:
     return "One tensor, by size", header, rows
 
 
+def growth_table(data: dict[str, Any]) -> Table:
+    """In ns: what a parameter takes, and what a step of none would."""
+    rows = [
+        growth_row(label, sizes, fitted, scale=1e9)
+        for label, found in data["growth"].items()
+        for sizes, fitted in found.items()
+    ]
+    return "Growth of a step's time: ns = constant + ns a parameter * n", GROWTH_HEADER, rows
+
+
 def bandwidth_table(data: dict[str, Any]) -> Table:
     main = data["times"]["main"]
     rows: list[list[harness.Cell]] = []
@@ -235,21 +275,24 @@ def tables(data: dict[str, Any]) -> list[Table]:
         ("Targets", ["check", "measured", "target", "met"], checks),
         time_table(f"All contestants, one tensor of {data['main']} parameters", data["times"]["main"], FUSED),
         sweep_table(data),
+        growth_table(data),
         time_table("GPT-2 small's tensors, and one tensor of their size", data["times"]["gpt2"], FUSED),
         bandwidth_table(data),
         probe_table(data),
-        ("Validation: error of the displacement against float64 Adam", ["optimizer", *keys[1:]], valid),
+        (VALIDATION_TITLE, ["optimizer", *keys[1:]], valid),
     ]
 
 
-def measure(size: Size, quick: bool, peers: bool) -> dict[str, Any]:
+def measure(size: Size, quick: bool, peers: bool, seconds: float) -> dict[str, Any]:
+    end = time.perf_counter() + seconds
     contestants = [*own_and_torch(), *(installed_peers() if peers else [])]
     checked = [validate(contestant) for contestant in contestants]
     timed = [c for c, row in zip(contestants, checked, strict=True) if row["status"] == "timed"]
     backend = native()
     data: dict[str, Any] = {"quick": quick, "threads": torch.get_num_threads(), "native": backend}
     data |= {"main": size.main, "cached": size.cached, "fused_target": fused_target(backend)}
-    data |= {"contestants": checked, "times": measure_times(timed, size)}
+    data |= {"contestants": checked, "times": measure_times(timed, size, end)}
+    data["growth"] = time_growth(data["times"]["sweep"])
     data |= {"probes": measure_probes(timed, size, peers)}
     data["bandwidth_shares"] = bandwidth_shares(data["times"]["main"])
     return data | {"verdicts": verdicts(data)}
@@ -266,11 +309,12 @@ def main(
     name: Annotated[str, typer.Option(help="Name of the files, for runs with another instruction set.")] = "step_time",
     threads: Annotated[int, typer.Option(help="Threads of all contestants; 0 takes torch's number.", min=0)] = 0,
     peers: Annotated[bool | None, typer.Option(help="Time other packages' optimizers; default: not if quick.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for all of it, about; at least five rounds are timed.")] = 420.0,
 ) -> None:
     """Measure the time of a step; ends with 1 if ours misses a target at full size."""
     if threads:
         torch.set_num_threads(threads)
-    data = measure(QUICK if quick else Size(), quick, not quick if peers is None else peers)
+    data = measure(QUICK if quick else Size(), quick, not quick if peers is None else peers, seconds)
     backend = data["native"].get("isa", "none, the reference ran")
     pages = ["# Time of a step" + (" (quick run, not to be quoted)" if quick else "")]
     pages.append(f"{data['threads']} threads; our native kernel's instruction set: {backend}.")

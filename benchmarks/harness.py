@@ -97,6 +97,13 @@ def median(values: Iterable[float] | torch.Tensor) -> float:
     return quantiles(values, (0.5,))[0]
 
 
+def t_quantile(share: float, freedom: int) -> float:
+    """Quantile of Student's t; scipy comes with scikit-learn."""
+    from scipy import stats
+
+    return float(stats.t.ppf(share, freedom))
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative Frobenius error, accumulated in float64; infinite where `got` holds a non-finite value."""
     if not bool(torch.isfinite(got).all()):

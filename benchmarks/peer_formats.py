@@ -1,10 +1,10 @@
-"""The 8-bit moment formats that are in use, written out in plain torch so that one simulation can run them all.
+"""The moment formats that are in use, written out in plain torch so that one simulation can run them all.
 
 Each format turns flat float32 `exp_avg` and `exp_avg_sq` into the tensors an optimizer would keep, and back.
 The emulations follow the published code: bitsandbytes 0.50 (`create_dynamic_map`, blocks of 256), torchao 0.18
-(`subclass_8bit.py`: the same map and blocks, the scale kept above 1e-12), FlashOptim (arXiv 2602.23349,
-`flashoptim/optimizers.py`: groups of 32, fp16 scales). tests/test_peer_formats.py holds the first two against the
-installed packages.
+(`subclass_8bit.py`: the same map and blocks, the scale kept above 1e-12; `subclass_4bit.py` and `subclass_fp8.py`, see
+below), FlashOptim (arXiv 2602.23349, `flashoptim/optimizers.py`: groups of 32, fp16 scales). tests/test_peer_formats.py
+holds the first two against the installed packages.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class Float32:
         return coded["exp_avg"].clone(), coded["exp_avg_sq"].clone()
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values of the dynamic tree type (Dettmers et al., arXiv 2110.02861).
+def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
+    """The values of the dynamic tree type (Dettmers et al., arXiv 2110.02861): 256, or signed 16 in three decades.
 
-    Seven decades below 1; decade i (from the smallest) is cut into 2^i equal parts for each sign, or 2^(i+1) without
-    one, whose middles are the values; 0 and 1 complete the table.
+    Seven decades below 1, or fewer; decade i (from the smallest) is cut into 2^i equal parts for each sign, or 2^(i+1)
+    without one, whose middles are the values; 0 and 1 complete the table.
     """
     values = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
+    for i in range(decades):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        middles = 10.0 ** (i - decades + 1) * (edges[:-1] + edges[1:]) / 2
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 
@@ -97,6 +97,52 @@ def bitsandbytes_format() -> DynamicMap:
 
 def torchao_format() -> DynamicMap:
     return DynamicMap("torchao", least_scale=1e-12)
+
+
+class FourBits(DynamicMap):
+    """torchao's 4 bits (Li et al., arXiv 2309.01507): m by a map of three decades, v linear in sixteenths, never zero.
+
+    Two codes lie in a byte, the first one above; blocks of 128.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torchao 4bit", block=128, least_scale=1e-12)
+        self.tables = {"exp_avg": dynamic_map(signed=True, decades=3), "exp_avg_sq": torch.arange(1, 17) / 16}
+
+    def _encode_one(self, flat: Tensor, key: str) -> Coded:
+        coded = super()._encode_one(flat, key)
+        first, second = coded[f"{key}.codes"].view(-1, 2).unbind(1)
+        return coded | {f"{key}.codes": (first << 4) | second}
+
+    def _decode_one(self, coded: Coded, key: str) -> Tensor:
+        packed = coded[f"{key}.codes"]
+        codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+        return super()._decode_one(coded | {f"{key}.codes": codes}, key)
+
+
+class Float8:
+    """torchao's fp8: m and v each as float8 e4m3 over 1/448 of the block's absolute maximum; blocks of 256."""
+
+    name = "torchao fp8"
+    block = 256
+    dtype = torch.float8_e4m3fn
+
+    def encode(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> Coded:
+        coded: Coded = {}
+        for key, flat in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            rows = as_blocks(flat, self.block)
+            scale = rows.abs().amax(1).clamp_min(1e-12) / torch.finfo(self.dtype).max
+            coded[f"{key}.codes"] = (rows / scale[:, None]).to(self.dtype).flatten()[: flat.numel()]
+            coded[f"{key}.scale"] = scale
+        return coded
+
+    def decode(self, coded: Coded) -> tuple[Tensor, Tensor]:
+        out = []
+        for key in ("exp_avg", "exp_avg_sq"):
+            codes = coded[f"{key}.codes"]
+            rows = as_blocks(codes.float(), self.block) * coded[f"{key}.scale"][:, None]
+            out.append(rows.flatten()[: codes.numel()])
+        return out[0], out[1]
 
 
 class FlashOptim:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from benchmarks import harness
+from benchmarks.peer_formats import Float8, FourBits, MomentFormat
 from lowmem_adam import AdamW8bit
 from lowmem_adam.layout import BLOCK_SIZE
 from tests.oracle import TextbookAdam
@@ -20,6 +21,7 @@ from tests.oracle import TextbookAdam
 OURS, OURS_32BIT = "lowmem-adam", "lowmem-adam 32bit"
 FUSED, FOREACH = "torch fused", "torch foreach"
 DEEPSPEED, BITSANDBYTES, TORCHAO = "DeepSpeedCPUAdam", "bitsandbytes", "torchao"
+TORCHAO_4BIT, TORCHAO_FP8 = "torchao 4bit", "torchao fp8"
 
 # The decay is large so that leaving it out shows above the error of 8 bits; a step takes the same time with any.
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 2.0}
@@ -29,6 +31,10 @@ VALIDATION_STEPS = 10
 # Twice what free runs of these formats measure where all gradient scales are equal (bench_codec_fidelity: 0.022 and
 # 0.024): wide enough for ten steps, far below what a wrong bias correction, decay or rounding does.
 CODED_ERROR = 0.05
+
+# Codes that a peer may round the other way than the textbook whose moments pass through its format, as each computes
+# the middle of two values in its own precision: one in a hundred thousand, wrong by its element's whole displacement.
+FLIPPED_CODES = 1e-5
 
 # What an optional package may raise where it cannot be imported, built or run on this machine's CPU.
 UNAVAILABLE = (ImportError, OSError, RuntimeError, ValueError, AssertionError)
@@ -51,6 +57,10 @@ class Contestant:
     optional: bool = False
     float32_corrections: bool = False
     """Whether 1 - beta ** step is computed in float32, which loses most of its digits in the first steps."""
+    compiled: bool = False
+    """Whether every shape of a parameter is compiled anew in its first step, for seconds."""
+    coder: Callable[[], MomentFormat] | None = None
+    """A format so coarse that its own error would hide a wrong step: the textbook's moments pass through it as well."""
 
     @property
     def label(self) -> str:
@@ -68,7 +78,8 @@ class Contestant:
 
     def tolerance(self, oracle_path: Sequence[float], displacement: float) -> float:
         """What the format allows as error of the displacement; see ``allowed_error``."""
-        return allowed_error(self.dtype, oracle_path, displacement, self.coded, self.float32_corrections)
+        flipped = 0.0 if self.coder is None else math.sqrt(FLIPPED_CODES)
+        return flipped + allowed_error(self.dtype, oracle_path, displacement, self.coded, self.float32_corrections)
 
 
 def allowed_error(
@@ -125,11 +136,14 @@ def _bitsandbytes(params: list[Parameter]) -> Optimizer:
     return optimizer
 
 
-def _torchao(params: list[Parameter]) -> Optimizer:
-    from torchao.optim import AdamW8bit as TorchaoAdamW8bit
+def _torchao(name: str) -> Callable[[list[Parameter]], Optimizer]:
+    def build(params: list[Parameter]) -> Optimizer:
+        import torchao.optim
 
-    optimizer: Optimizer = TorchaoAdamW8bit(params, **SETTINGS)
-    return optimizer
+        optimizer: Optimizer = getattr(torchao.optim, name)(params, **SETTINGS)
+        return optimizer
+
+    return build
 
 
 def own_and_torch() -> list[Contestant]:
@@ -146,13 +160,45 @@ def own_and_torch() -> list[Contestant]:
     return [*out, Contestant(OURS_32BIT, torch.float32, _ours_32bit, 8, passes=True)]
 
 
+def own_settings() -> list[Contestant]:
+    """Our other ways of keeping moments and bfloat16 weights, each by what it adds."""
+
+    def built(**settings: Any) -> Callable[[list[Parameter]], Optimizer]:
+        return lambda params: AdamW8bit(params, **SETTINGS, **settings)
+
+    ours_bytes, bf16 = 2 + 2 / BLOCK_SIZE, torch.bfloat16
+    split24 = built(low_precision_update="split", master_bits=24)
+    return [
+        Contestant(f"{OURS} bnb8bit", torch.float32, built(moments="bnb8bit"), 2 + 8 / 256, coded=True),
+        Contestant(f"{OURS} split 24", bf16, split24, ours_bytes + 1, coded=True),
+        Contestant(f"{OURS} split", bf16, built(low_precision_update="split"), ours_bytes + 2, coded=True),
+        Contestant(f"{OURS} fp32 weights", bf16, built(low_precision_update="fp32"), ours_bytes + 4, coded=True),
+    ]
+
+
 def installed_peers() -> list[Contestant]:
     """Other packages' optimizers for the CPU; which of them are there, their validation finds out."""
     peer_bytes = 2 + 8 / 256  # two codes, and for 256 elements two float32 scales
     return [
         Contestant(DEEPSPEED, torch.float32, deepspeed_adam, 8, passes=True, optional=True, float32_corrections=True),
         Contestant(BITSANDBYTES, torch.float32, _bitsandbytes, peer_bytes, coded=True, optional=True),
-        Contestant(TORCHAO, torch.float32, _torchao, peer_bytes, coded=True, optional=True),
+        Contestant(TORCHAO, torch.float32, _torchao("AdamW8bit"), peer_bytes, coded=True, optional=True, compiled=True),
+        *(
+            Contestant(
+                name,
+                torch.float32,
+                _torchao(kind),
+                held,
+                optional=True,
+                float32_corrections=True,
+                compiled=True,
+                coder=coder,
+            )
+            for name, kind, held, coder in (
+                (TORCHAO_4BIT, "AdamW4bit", 1 + 8 / 128, FourBits),
+                (TORCHAO_FP8, "AdamWFp8", peer_bytes, Float8),
+            )
+        ),
     ]
 
 
@@ -186,20 +232,33 @@ def count(shapes: Sequence[Shape]) -> int:
 
 
 def displacement_error(contestant: Contestant) -> tuple[float, float]:
-    """Error of the displacement after a few steps against the float64 textbook Adam, and what the format allows."""
+    """Error of the displacement after a few steps against the float64 textbook Adam, and what the format allows.
+
+    Where the contestant names a coder, the textbook's moments pass through it between steps.
+    """
     (param,) = make_params([VALIDATION_SHAPE], contestant.dtype)
     start = param.detach().double()
     oracle, path = TextbookAdam(param, **SETTINGS), []
+    coder = None if contestant.coder is None else contestant.coder()
     optimizer = contestant.build([param])
     generator = torch.Generator().manual_seed(1)
-    for _ in range(VALIDATION_STEPS):
+    for step in range(1, VALIDATION_STEPS + 1):
         grad = torch.randn(VALIDATION_SHAPE, generator=generator).mul_(0.01).to(contestant.dtype)
         param.grad = grad.clone()
         optimizer.step()
         path.append(float(oracle.step(grad).norm()))
+        if coder is not None:
+            pass_through(coder, oracle, step)
     moved = oracle.param - start
     error = harness.relative_error(param.detach().double() - start, moved)
     return error, contestant.tolerance(path, float(moved.norm()))
+
+
+def pass_through(coder: MomentFormat, oracle: TextbookAdam, step: int) -> None:
+    """Give the textbook the moments that the format keeps of its own."""
+    exp_avg, exp_avg_sq = (moment.float().flatten() for moment in (oracle.exp_avg, oracle.exp_avg_sq))
+    kept = coder.decode(coder.encode(exp_avg, exp_avg_sq, step))
+    oracle.exp_avg, oracle.exp_avg_sq = (moment.double().view_as(oracle.param) for moment in kept)
 
 
 def why_unavailable(problem: Exception) -> str:

@@ -4,6 +4,7 @@
 # Creates or reuses the project's virtual environment, installs the named extras at the versions of
 # launch/constraints.txt, and activates it. What is installed already is not installed again.
 #   LOWMEM_ADAM_VENV  where the environment lies (default: .venv in the repository)
+#   LOWMEM_ADAM_TORCH  another version of torch than that of launch/constraints.txt
 # The install builds the native library into lowmem_adam/native, where a C++ compiler is found.
 # Runs may share one environment, also at the same time: only one installs, the others wait for it.
 
@@ -55,11 +56,11 @@ _lowmem_adam_create_venv() {
 
 # What an install depends on; kept beside it, it tells whether the install still holds.
 _lowmem_adam_fingerprint() {
-    "$1/bin/python" - "$lowmem_adam_root" <<'PYTHON'
+    "$1/bin/python" - "$lowmem_adam_root" "${LOWMEM_ADAM_TORCH:-}" <<'PYTHON'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(f"{root}\n{sys.version}\n".encode())
+digest = hashlib.sha256(f"{root}\n{sys.version}\n{sys.argv[2]}\n".encode())
 names = ["pyproject.toml", "launch/constraints.txt", "launch/environment.sh", ".build_backend/lowmem_adam_backend.py"]
 native = [path for path in (root / "lowmem_adam/native").iterdir() if path.suffix in (".cpp", ".h", ".txt")]
 for path in [*(root / name for name in names), *sorted(native)]:
@@ -95,13 +96,16 @@ _lowmem_adam_say_whether_native() {
 # torch and what builds the project come first, by exact version: no later command can pull in another torch,
 # and the project is built against what is there, without a second copy of anything in a build environment.
 _lowmem_adam_pip_install() {
-    local venv="$1" extras="$2"
-    local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet
-        --constraint "$lowmem_adam_root/launch/constraints.txt")
-    _lowmem_adam_say "installing torch 2.13.0" &&
-        "${pip[@]}" torch==2.13.0 scikit-build-core cmake ninja &&
+    local venv="$1" extras="$2" torch="torch==${LOWMEM_ADAM_TORCH:-2.13.0}" line
+    local constraints="$venv/.lowmem_adam_constraints.txt"
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet --constraint "$constraints")
+    while IFS= read -r line; do
+        if [[ "$line" == torch==* ]]; then printf '%s\n' "$torch"; else printf '%s\n' "$line"; fi
+    done <"$lowmem_adam_root/launch/constraints.txt" >"$constraints" || return 1
+    _lowmem_adam_say "installing $torch" &&
+        "${pip[@]}" "$torch" scikit-build-core cmake ninja &&
         _lowmem_adam_say "installing lowmem-adam[$extras]" &&
-        "${pip[@]}" torch==2.13.0 --no-build-isolation --editable "${lowmem_adam_root}[$extras]"
+        "${pip[@]}" "$torch" --no-build-isolation --editable "${lowmem_adam_root}[$extras]"
 }
 
 # One stamp for each extra, so that runs with different extras do not undo one another's. A library that was removed,

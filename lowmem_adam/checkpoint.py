@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -39,8 +40,30 @@ def save(opt: Adam8bit, path: str | os.PathLike[str], to: int = 0) -> None:
     agreement.agree([], opt._cut().world, failure)
 
 
-def write(whole: dict[str, Any], target: Path) -> None:
+class _Counted:
+    """A file that says how many bytes it has been given."""
+
+    def __init__(self, file: IO[bytes], wrote: Callable[[int], None]) -> None:
+        self._file, self._wrote, self._nbytes = file, wrote, 0
+
+    def write(self, data: bytes) -> int:
+        """As a file's."""
+        self._nbytes += self._file.write(data)
+        self._wrote(self._nbytes)
+        return len(data)
+
+    def flush(self) -> None:
+        """As a file's."""
+        self._file.flush()
+
+
+def write(whole: dict[str, Any], target: Path, wrote: Callable[[int], None] | None = None) -> None:
     """Write a file, there whole or not at all: beside its place first, and what was there stays until it is renamed.
+
+    Args:
+        whole: what ``torch.save`` takes.
+        target: of the file.
+        wrote: is told the bytes written, as they come.
 
     Raises:
         OSError: it cannot be written.
@@ -48,12 +71,15 @@ def write(whole: dict[str, Any], target: Path) -> None:
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
-            torch.save(whole, file)
+            torch.save(whole, file if wrote is None else cast("IO[bytes]", _Counted(file, wrote)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and error.__context__ is not None:
+            # Closing its archive, torch finds that not all is there, and says that instead of what had happened.
+            raise error.__context__ from None
         raise
 
 

@@ -2,74 +2,85 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from typing import Annotated
 
-import torch
-
-import lowmem_adam
-from lowmem_adam.kernels import cpu
-
 try:
+    import rich  # noqa: F401
     import typer
-    from rich.console import Console
-    from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"lowmem-adam: {error}; the command line needs: pip install 'lowmem-adam[cli]'") from error
 
+from lowmem_adam.commands import info as about
 from lowmem_adam.commands.check_config import check_config
 from lowmem_adam.commands.convert import convert
+from lowmem_adam.commands.outcome import Commands, epilog
 from lowmem_adam.commands.plan import plan
 from lowmem_adam.commands.profile import profile
 from lowmem_adam.commands.verify import verify
 
-app = typer.Typer(no_args_is_help=True, help="Adam for models whose optimizer state does not fit.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    epilog=epilog(),
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+BEFORE, DURING, FILES = "Before a run", "During a run", "Checkpoint files"
 
 
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=about.version)
+    ] = False,
 ) -> None:
-    """Say what steps on the CPU run on here: backend, instruction set, threads, OpenMP library, versions."""
-    facts = gather()
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    table = Table("fact", "value", show_header=False, box=None, pad_edge=False)
-    table.columns[1].overflow = "fold"  # paths are to be copied whole
-    for name, value in facts.items():
-        table.add_row(name, "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value))
-    Console().print(table)
+    """Adam for models whose optimizer state does not fit.
+
+    Each command answers one question; COMMAND --help says more, with examples.
+    """
 
 
-def gather() -> dict[str, str | int | list[str] | None]:
-    """The facts, by name; where there is no native library, ``reason`` says why."""
-    facts: dict[str, str | int | list[str] | None]
-    try:
-        library = cpu.load()
-    except cpu.LibraryError as error:
-        facts = {"backend": "reference", "reason": str(error), "threads": torch.get_num_threads()}
-    else:
-        facts = {
-            "backend": "cpu",
-            **cpu.describe(),
-            "instruction sets": [name for name in cpu.ISAS if library.has_isa(name)],
-        }
-    return {
-        **facts,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        "processors": os.cpu_count(),
-        "lowmem_adam": lowmem_adam.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-app.command()(check_config)
-app.command()(plan)
-app.command()(profile)
-app.command()(convert)
-app.command()(verify)
+app.command(
+    short_help="What do steps on this machine run on?",
+    rich_help_panel=BEFORE,
+    epilog=epilog("lowmem-adam info", "lowmem-adam info --json"),
+)(about.info)
+app.command(
+    short_help="Does my model fit, and what is the cheapest setting that does?",
+    rich_help_panel=BEFORE,
+    epilog=epilog(
+        "lowmem-adam plan Llama-3.1-8B/config.json --fits 80",
+        "lowmem-adam plan --parameters 8B --world-size 4 --fits 40",
+        "lowmem-adam plan --shape 50257x768 --shape 12*768x3072 --moments 32bit --json",
+    ),
+)(plan)
+app.command(
+    short_help="Would this DeepSpeed config step with our optimizer?",
+    rich_help_panel=BEFORE,
+    epilog=epilog("lowmem-adam check-config ds_config.json", "lowmem-adam check-config ds.json --client-optimizer"),
+)(check_config)
+app.command(
+    short_help="How long does a step take, for what, and how many bytes?",
+    rich_help_panel=DURING,
+    epilog=epilog(
+        "lowmem-adam profile --hidden-size 512 --layers 8 --compare",
+        'lowmem-adam profile --shapes "4096x4096,4096" --dtype bfloat16 --json',
+        "lowmem-adam profile --offload cpu --output-dir runs/profile",
+    ),
+)(profile)
+app.command(
+    short_help="How does another optimizer load this checkpoint?",
+    rich_help_panel=FILES,
+    epilog=epilog(
+        "lowmem-adam convert adamw.pt -o ours.pt --to 8bit",
+        "lowmem-adam convert last.ckpt --key optimizer_states.0 --to torch -o t.ckpt",
+        "lowmem-adam convert rank0.pt rank1.pt -o whole.pt",
+    ),
+)(convert)
+app.command(
+    short_help="Is this checkpoint whole, and what is in it?",
+    rich_help_panel=FILES,
+    epilog=epilog("lowmem-adam verify optimizer.pt", "lowmem-adam verify last.ckpt --key optimizer_states.0 --json"),
+)(verify)

@@ -61,6 +61,7 @@ def convert(
     given: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress = lambda done, there: None,
+    writing: Progress = lambda done, there: None,
 ) -> Converted:
     """Write a checkpoint file that another optimizer loads. The source is read only.
 
@@ -78,6 +79,7 @@ def convert(
         given: settings that the other one's state does not have: ``seed``, ``nonfinite``, ``low_precision_update``.
         force: take the place of a file that is there.
         progress: is called after each parameter.
+        writing: is told the bytes written, and about those there are, when all parameters are done.
 
     Raises:
         FileExistsError: the target is there, and no ``force``; or it is a source.
@@ -91,7 +93,8 @@ def convert(
     with Spool(target.parent) as spool:
         whole, done = _converted(sources, to, key, alone, optimizer, given, progress, spool)
         # Nothing holds the source any more, unless it is a part of what is written.
-        checkpoint.write(whole, target)
+        there = _nbytes(whole)
+        checkpoint.write(whole, target, lambda written: writing(min(written, there), there))
     return done
 
 
@@ -232,7 +235,9 @@ def _put(value: Any, spool: Spool) -> Any:
 
 
 def _nbytes(value: Any) -> int:
-    """Of the tensors of a parameter's state."""
+    """Of the tensors of a parameter's state, or of a larger dictionary."""
     if isinstance(value, Mapping):
         return sum(map(_nbytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value))
     return value.nbytes if isinstance(value, Tensor) else 0

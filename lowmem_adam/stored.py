@@ -28,6 +28,10 @@ class NotACheckpointError(ValueError):
     """A file that cannot be read, or that has no optimizer's state where it is looked for."""
 
 
+class NoSuchKeyError(NotACheckpointError):
+    """An optimizer's state is not under the key that was given, or one has to be given."""
+
+
 class Stored(NamedTuple):
     """An optimizer's state out of one file or several."""
 
@@ -110,10 +114,10 @@ def _place_of(whole: Any, key: str | None, path: Path) -> tuple[Any, ...]:
             raise NotACheckpointError(
                 f"{path} {saved_words}; accepted: state_dict() of an optimizer, by itself or under a key"
             )
-        raise NotACheckpointError(f"{path}: key is None; {accepted}")
+        raise NoSuchKeyError(f"{path}: key is None; {accepted}")
     for place in _leading_to(whole, key):
         return place
-    raise NotACheckpointError(f"{path}: key is {key!r}; {accepted}")
+    raise NoSuchKeyError(f"{path}: key is {key!r}; {accepted}")
 
 
 def _names(whole: Any) -> str:

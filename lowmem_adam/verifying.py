@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,19 @@ class Report:
     """A sentence each."""
 
 
-def verify(sources: Sequence[Path], key: str | None = None, progress: Progress = lambda done, there: None) -> Report:
+def verify(
+    sources: Sequence[Path],
+    key: str | None = None,
+    progress: Progress = lambda done, there: None,
+    reading: Progress = lambda done, there: None,
+) -> Report:
     """Look through a checkpoint; files are read only.
 
     Args:
         sources: as for ``converting.convert``. Parts are put together in the folder for temporary files.
         key: as for ``converting.convert``.
         progress: is called after each parameter.
+        reading: is told the bytes whose checksums have been looked at, and those there are, before the parameters.
 
     Raises:
         stored.NotACheckpointError: not the state of an optimizer that is known here, or too damaged to be read.
@@ -74,7 +81,7 @@ def verify(sources: Sequence[Path], key: str | None = None, progress: Progress =
             return Report("lowmem_adam", faults=[str(error)])
         report = _summary(found)
         for path, whole in zip(sources, found.files, strict=True):
-            report.faults += _checksum_faults(path, whole)
+            report.faults += _checksum_faults(path, whole, reading)
         report.faults += (_own_faults if found.kind == "lowmem_adam" else _foreign_faults)(found, progress)
         return report
 
@@ -116,7 +123,7 @@ def _is_number(value: Any) -> bool:
 # ---------------------------------------------------------------- bytes
 
 
-def _checksum_faults(path: Path, whole: Any) -> Iterator[str]:
+def _checksum_faults(path: Path, whole: Any, reading: Progress) -> Iterator[str]:
     """Records of a file whose bytes are not those that were written."""
     if path.is_dir():  # torch.distributed.checkpoint's files have none of their own
         return
@@ -124,8 +131,11 @@ def _checksum_faults(path: Path, whole: Any) -> Iterator[str]:
         with zipfile.ZipFile(path) as file:
             records = file.infolist()
             where = _storages(whole, [record for record in records if "/data/" in record.filename])
+            done, there = 0, sum(record.file_size for record in records)
             for record in records:
-                if not _is_as_written(file, record):
+                as_written = _is_as_written(file, record, partial(_shifted, reading, done, there))
+                done += record.file_size
+                if not as_written:
                     yield (
                         f"{path}: the bytes of {where.get(record.filename, record.filename)} are not those that were "
                         "written; accepted: what has the checksum beside it (torch.save writes them unless told not to "
@@ -135,11 +145,17 @@ def _checksum_faults(path: Path, whole: Any) -> Iterator[str]:
         yield f"{path}: {error}; accepted: a whole zip file, as torch.save writes it"
 
 
-def _is_as_written(file: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+def _shifted(reading: Progress, before: int, there: int, nbytes: int) -> None:
+    reading(before + nbytes, there)
+
+
+def _is_as_written(file: zipfile.ZipFile, record: zipfile.ZipInfo, reading: Callable[[int], None]) -> bool:
     try:
         with file.open(record) as stream:
-            while stream.read(CHUNK):
-                pass
+            done = 0
+            while data := stream.read(CHUNK):
+                done += len(data)
+                reading(done)
     except zipfile.BadZipFile:
         return False
     return True

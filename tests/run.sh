@@ -30,7 +30,7 @@ again=()
 for name in package environment native_isas configs multi_node foreign foreign_refusals checkpoint bench_low_precision \
     bench_sharding bench_offload bench_deepspeed bench_gpu bench_host_time \
     deepspeed_config deepspeed_example deepspeed_universal trainer trainer_deepspeed trainer_examples sft \
-    plan plan_measured plan_models convert verify gpu gpu_exact gpu_code gpu_interpreted \
+    plan plan_measured plan_models convert verify command_line completion workflows gpu gpu_exact gpu_code gpu_interpreted \
     interpreted_optimizer triton compile compile_operator \
     accelerate accelerate_launch threads shard_accelerate shard_faults shard_loads shard_checkpoints shard_groups \
     sim_device offload out_of_memory in_backward in_backward_ranks docs docs_ladder format_bounds \

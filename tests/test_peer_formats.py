@@ -10,8 +10,10 @@ import torch
 from benchmarks.peer_formats import (
     DynamicMap,
     FlashOptim,
+    Float8,
     Float32,
     FormatAdamW,
+    FourBits,
     Linear,
     bitsandbytes_format,
     bytes_held,
@@ -79,12 +81,37 @@ def test_torchao_table_and_round_trip(key: str) -> None:
     assert_same_rounding(ours, theirs, data[key], share=1e-3)
 
 
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("make", [FourBits, Float8])
+def test_torchaos_coarse_formats(make: type, key: str) -> None:
+    """Table, codes, scales and decoded values are those of the installed package's state tensors."""
+    optim = pytest.importorskip("torchao.optim")
+    data = {name: flat[:4096] for name, flat in moments().items()}
+    kind, settings = (optim.subclass_4bit.OptimState4bit, (KEYS[key],)) if make is FourBits else (
+        optim.subclass_fp8.OptimStateFp8, ()
+    )  # fmt: skip
+    theirs = kind.zeros((4096,), *settings)
+    theirs.copy_(data[key])
+    emulated = make()
+    coded = emulated.encode(**data, step=1)
+    scale = coded.get(f"{key}.absmax", coded.get(f"{key}.scale"))
+    assert scale is not None
+    assert torch.equal(scale, theirs.scale)
+    if make is FourBits:
+        torch.testing.assert_close(emulated.tables[key], theirs.qmap, rtol=1e-6, atol=0)
+        emulated.tables[key] = theirs.qmap
+        assert coded[f"{key}.codes"].shape == theirs.codes.shape == (2048,)
+    ours = emulated.decode(coded)[list(KEYS).index(key)]
+    assert_same_rounding(ours, theirs.dequantize(), data[key], share=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "bytes_wanted", "error_of_m", "error_of_root"),
     [
         (bitsandbytes_format, 2 + 8 / 256, 0.03, 0.02),
         (torchao_format, 2 + 8 / 256, 0.03, 0.02),
         (FlashOptim, 2 + 4 / 32, 0.02, 0.02),
+        (Float8, 2 + 8 / 256, 0.04, 0.03),
         (Linear, 2 + 8 / 256, 0.03, 0.1),
     ],
 )

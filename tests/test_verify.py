@@ -202,7 +202,7 @@ def test_convert_on_the_shell(tmp_path: Path) -> None:
     for arguments, code, words in (
         ((str(source), *to_torch, "--force"), 2, "key is None; accepted: 'optimizer'"),
         ((str(source), *to_torch, "--key", "optimizer"), 2, "which exists"),
-        ((str(bad), *to_torch, "--force", "--to", "8"), 1, "to is '8'; accepted: 'torch'"),
+        ((str(bad), *to_torch, "--force", "--to", "8"), 2, "to is '8'; accepted: 'torch'"),
         ((str(bad), "-o", str(tmp_path / "new.pt"), "--to", "32bit"), 1, "parameter 7: exp_avg has a value nan"),
         ((str(source),), 2, "--output"),
     ):

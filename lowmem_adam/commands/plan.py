@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,24 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_adam import plan as planning
+from lowmem_adam.commands import outcome
+from lowmem_adam.commands.options import (
+    MASTER_BITS,
+    MODEL,
+    MOMENTS,
+    OFFLOAD,
+    OPTIMIZER,
+    OUTPUT,
+    RANKS,
+    UPDATES,
+    AsJson,
+    choice,
+    option,
+)
+from lowmem_adam.commands.progress import shown
 
 GIB = 2**30
+ZERO_BUCKET = planning.Settings().zero_bucket
 
 
 def plan(
@@ -24,41 +39,43 @@ def plan(
         ),
     ] = None,
     parameters: Annotated[
-        str | None, typer.Option(help="Instead of a file: so many parameters, such as 8B, 8e9, 124439808.")
+        str | None, option("Instead of a file: so many parameters, such as 8B, 8e9, 124439808.", MODEL)
     ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="Instead of a file: a shape, such as 50257x768, or 12*768x3072 for twelve. Repeat it."),
+        option("Instead of a file: a shape, such as 50257x768, or 12*768x3072 for twelve. Repeat it.", MODEL),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="Of parameters and gradients: float32, bfloat16, float16. By default what the file says, or bfloat16."
+        choice(
+            tuple(planning.DTYPES),
+            "Of parameters and gradients; by default what the file says, or bfloat16.",
+            MODEL,
         ),
     ] = None,
-    moments: Annotated[str, typer.Option(help="8bit, 32bit or bnb8bit.")] = "8bit",
+    moments: Annotated[str, choice(MOMENTS, "How moments are kept.", OPTIMIZER)] = "8bit",
     low_precision_update: Annotated[
         str,
-        typer.Option(
-            help="stochastic, nearest, split or fp32. With the last two peers get float32 weights as well.",
+        choice(
+            UPDATES, "How 16-bit parameters are stepped; with split and fp32 peers get float32 weights too.", OPTIMIZER
         ),
     ] = "stochastic",
-    master_bits: Annotated[int, typer.Option(help="With split: 32 or 24.")] = 32,
-    world_size: Annotated[int, typer.Option(help="Ranks, a device each.")] = 1,
-    shard: Annotated[bool, typer.Option(help='Whether ranks share the moments (shard_group="world").')] = True,
-    offload: Annotated[str | None, typer.Option(help="cpu: moments on the host.")] = None,
-    offload_gradients: Annotated[bool, typer.Option("--offload-gradients", help="Gradients there too.")] = False,
-    zero_stage: Annotated[int, typer.Option(help="Our optimizer under DeepSpeed's stage 1, 2 or 3; 0: without.")] = 0,
-    bucket_cap_mb: Annotated[float, typer.Option(help="MiB of our buckets.")] = 64.0,
-    zero_bucket: Annotated[
-        int, typer.Option(help="Elements of DeepSpeed's reduce_bucket_size.")
-    ] = planning.Settings().zero_bucket,
+    master_bits: Annotated[int, choice(MASTER_BITS, "Of the weight that split keeps.", OPTIMIZER)] = 32,
+    world_size: Annotated[int, option("Ranks, a device each.", RANKS)] = 1,
+    shard: Annotated[bool, option('Whether ranks share the moments (shard_group="world").', RANKS)] = True,
+    offload: Annotated[str | None, choice(OFFLOAD, "Where moments are kept, if not on the device.", RANKS)] = None,
+    offload_gradients: Annotated[bool, option("Gradients there too.", RANKS, "--offload-gradients")] = False,
+    zero_stage: Annotated[
+        int, choice((0, 1, 2, 3), "DeepSpeed's stage, under which our optimizer steps; 0 is without it.", RANKS)
+    ] = 0,
+    bucket_cap_mb: Annotated[float, option("MiB of our buckets, above 0.", RANKS)] = 64.0,
+    zero_bucket: Annotated[int, option("Elements of DeepSpeed's reduce_bucket_size.", RANKS)] = ZERO_BUCKET,
     fits: Annotated[
         float | None,
-        typer.Option(help="GiB of a device: say what fits, and the cheapest setting that does. Ends with 1 if not."),
+        option("GiB of a device: say what fits, and the cheapest setting that does. Ends with 1 if not.", OUTPUT),
     ] = None,
-    host_fits: Annotated[float | None, typer.Option(help="With --fits: GiB of the host for a rank.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+    host_fits: Annotated[float | None, option("With --fits: GiB of the host for a rank.", OUTPUT)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a model takes on each rank: parameters, gradients, moments, float32 weights, buffers.
 
@@ -80,17 +97,17 @@ def plan(
         )
         settings.check()
         limits = _limits(fits, host_fits)
-        found = planning.plan(_model(model, parameters, shape or [], settings), settings)
-        choice = None if limits is None else planning.cheapest(found.model, settings, *limits)
-    except (OSError, ValueError) as error:
-        typer.echo(f"lowmem-adam: {error}", err=True)
-        raise typer.Exit(2) from error
+        with shown("planning"):
+            found = planning.plan(_model(model, parameters, shape or [], settings), settings)
+            cheapest = None if limits is None else planning.cheapest(found.model, settings, *limits)
+    except ValueError as error:
+        outcome.refuse(error)
     if as_json:
-        typer.echo(json.dumps(_described(found, limits, choice), indent=1))
+        outcome.print_json(_described(found, limits, cheapest))
     else:
-        _show(found, limits, choice)
+        _show(found, limits, cheapest)
     if limits is not None and not _row_fits(found.own, limits):
-        raise typer.Exit(1)
+        raise typer.Exit(outcome.NO)
 
 
 Limits = tuple[int, int | None]

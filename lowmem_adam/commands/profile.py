@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,26 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import lowmem_adam
+from lowmem_adam.commands import outcome
+from lowmem_adam.commands.options import (
+    BACKENDS,
+    MASTER_BITS,
+    MODEL,
+    MOMENTS,
+    OFFLOAD,
+    OPTIMIZER,
+    OUTPUT,
+    UPDATES,
+    WORK,
+    AsJson,
+    choice,
+    option,
+)
+from lowmem_adam.commands.progress import shown
 from lowmem_adam.profiling import Profile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,39 +51,54 @@ class Job:
     description: str
 
 
+def _devices(incomplete: str) -> list[str]:
+    """Those that are here."""
+    present = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        present += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    return [name for name in present if name.startswith(incomplete)]
+
+
 def profile(
-    steps: Annotated[int, typer.Option(help="Steps; the first one makes the state.")] = 20,
-    hidden_size: Annotated[int, typer.Option(help="Of a Llama with fresh weights; needs transformers.")] = 256,
-    layers: Annotated[int, typer.Option(help="Of the Llama.")] = 4,
-    heads: Annotated[int | None, typer.Option(help="Of the Llama; hidden size / 64, if not given.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Of the Llama.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
+    steps: Annotated[int, option("Steps, from 2; the first one makes the state.", WORK)] = 20,
+    hidden_size: Annotated[int, option("Of a Llama with fresh weights; needs transformers.", MODEL)] = 256,
+    layers: Annotated[int, option("Of the Llama.", MODEL)] = 4,
+    heads: Annotated[int | None, option("Of the Llama; hidden size / 64, if not given.", MODEL)] = None,
+    vocab_size: Annotated[int, option("Of the Llama.", MODEL)] = 8192,
+    seq_len: Annotated[int, option("Tokens of a sequence.", MODEL)] = 128,
+    batch_size: Annotated[int, option("Sequences of a training step.", MODEL)] = 4,
     shapes: Annotated[
         str | None,
-        typer.Option(help='Parameters of these shapes and no model, such as "4096x4096,4096"; gradients are random.'),
+        option('Parameters of these shapes and no model, such as "4096x4096,4096"; gradients are random.', MODEL),
     ] = None,
-    moments: Annotated[str, typer.Option(help="8bit, 32bit or bnb8bit.")] = "8bit",
-    low_precision_update: Annotated[str, typer.Option(help="stochastic, nearest, split or fp32.")] = "stochastic",
-    master_bits: Annotated[int, typer.Option(help="32 or 24, of the weight that split keeps.")] = 32,
-    offload: Annotated[str | None, typer.Option(help="cpu: moments and step on the host.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of parameters: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where parameters are, such as cpu or cuda.")] = "cpu",
-    backend: Annotated[str | None, typer.Option(help="What steps; the best there is, if not given.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of this process; torch's choice, if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, data and rounding.")] = 0,
+    dtype: Annotated[str, choice(tuple(DTYPES), "Of parameters.", MODEL)] = "float32",
+    moments: Annotated[str, choice(MOMENTS, "How moments are kept.", OPTIMIZER)] = "8bit",
+    low_precision_update: Annotated[str, choice(UPDATES, "How 16-bit parameters are stepped.", OPTIMIZER)] = (
+        "stochastic"
+    ),
+    master_bits: Annotated[int, choice(MASTER_BITS, "Of the weight that split keeps.", OPTIMIZER)] = 32,
+    offload: Annotated[str | None, choice(OFFLOAD, "Moments and step on the host.", OPTIMIZER)] = None,
+    backend: Annotated[str | None, choice(BACKENDS, "What steps; by default the best there is.", OPTIMIZER)] = None,
+    device: Annotated[
+        str, option("Where parameters are, such as cpu, cuda or cuda:1.", WORK, autocompletion=_devices)
+    ] = "cpu",
+    threads: Annotated[int | None, option("Of this process; torch's choice, if not given.", WORK)] = None,
+    seed: Annotated[int, option("Of weights, data and rounding.", WORK)] = 0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Step a copy with torch's fused AdamW in turns; takes its memory, too.")
+        bool, option("Step a copy with torch's fused AdamW in turns; takes its memory, too.", WORK, "--compare")
     ] = False,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for profile.json, trace.json (Chrome, Perfetto) and profile.png (matplotlib)."),
+        option("Folder for profile.json, trace.json (Chrome, Perfetto) and profile.png (matplotlib).", OUTPUT),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take real steps and say where their time goes, what the state takes, and the step's share of a training step.
 
-    Ends with 2 where an option is not accepted.
+    The model is a Llama made on the spot, or parameters of given shapes; nothing is downloaded. Files in the folder of
+    --output-dir that have the names of those written take each other's place, when all are written.
     """
     try:
         for name, number, least in (
@@ -105,17 +136,14 @@ def profile(
             backend=backend,
             seed=seed,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        typer.echo(f"lowmem-adam: {error}", err=True)
-        raise typer.Exit(2) from error
-    prof, theirs = _run(job, optimizer, steps, compare=compare, quiet=as_json)
+    except (ValueError, RuntimeError, ImportError) as error:
+        outcome.refuse(error)
+    prof, theirs = _run(job, optimizer, steps, compare=compare)
     report = _report(job, prof, theirs)
     if output_dir is not None:
-        (output_dir / "profile.json").write_text(json.dumps({**report, **prof.as_dict()}, indent=1) + "\n", "utf-8")
-        prof.chrome_trace(output_dir / "trace.json")
-        prof.plot(output_dir / "profile.png")
+        _write(output_dir, prof, report)
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        outcome.print_json(report)
         return
     _print(report)
     if output_dir is not None:
@@ -125,13 +153,20 @@ def profile(
 _FILES = ("profile.json", "trace.json", "profile.png")
 
 
+def _write(folder: Path, prof: Profile, report: dict[str, Any]) -> None:
+    """All of the files or none."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".profile.") as beside:
+        first, second, third = (Path(beside, name) for name in _FILES)
+        first.write_text(json.dumps({**report, **prof.as_dict()}, indent=1) + "\n", "utf-8")
+        prof.chrome_trace(second)
+        prof.plot(third)
+        for path in (first, second, third):
+            path.replace(folder / path.name)
+
+
 def _device(name: str) -> torch.device:
     """Raise ValueError: there is no such device here."""
-    present = ["cpu"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        present += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    present = _devices("")
     if name not in present:
         raise ValueError(f"device is {name!r}; accepted here: {', '.join(present)}")
     return torch.device(name)
@@ -272,15 +307,12 @@ def _wait(params: Sequence[Tensor]) -> None:
         torch.accelerator.synchronize(params[0].device)
 
 
-def _run(
-    job: Job, optimizer: lowmem_adam.AdamW8bit, steps: int, *, compare: bool, quiet: bool
-) -> tuple[Profile, _Theirs | None]:
+def _run(job: Job, optimizer: lowmem_adam.AdamW8bit, steps: int, *, compare: bool) -> tuple[Profile, _Theirs | None]:
     """Take the steps; the other optimizer's come before ours and after, in turns."""
     theirs = _Theirs(job.params) if compare else None
-    console = Console(stderr=True)
-    numbers = track(range(steps), "steps", console=console, transient=True, disable=quiet or not console.is_terminal)
-    with lowmem_adam.profile(optimizer) as prof:
-        for number in numbers:
+    with shown("steps") as (progress,), lowmem_adam.profile(optimizer) as prof:
+        for number in range(steps):
+            progress(number, steps)
             job.gradients()
             if theirs is not None and number % 2 == 0:
                 with prof.paused():
