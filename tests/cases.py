@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -14,6 +15,8 @@ from lowmem_adam import Adam8bit, AdamW8bit
 OptimizerClass = type[Adam8bit]
 CLASSES: tuple[OptimizerClass, ...] = (AdamW8bit, Adam8bit)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OTHER_GRADIENTS = hasattr(Tensor, "grad_dtype")
+"""Whether parameters take gradients of another dtype than their own, which they did not in torch 2.9."""
 
 
 class Shape(NamedTuple):
@@ -182,3 +185,9 @@ def tensors_held(opt: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Every tensor in the optimizer's state."""
     for state in opt.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def need_other_gradients() -> None:
+    """Skip the test where parameters take gradients of their own dtype only."""
+    if not OTHER_GRADIENTS:
+        pytest.skip("needs Tensor.grad_dtype, which torch 2.9 does not have")

@@ -24,6 +24,7 @@ from tests.cases import (
     assert_same_bits,
     everything,
     make_params,
+    need_other_gradients,
     params_of,
     set_gradients,
     train,
@@ -293,6 +294,7 @@ def sparse_gradient(param: Tensor) -> None:
 
 
 def half_gradient(param: Tensor) -> None:
+    need_other_gradients()
     param.grad = None
     param.grad_dtype = torch.float16
     param.grad = torch.ones_like(param, dtype=torch.float16)

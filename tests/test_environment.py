@@ -1,6 +1,7 @@
 """launch/environment.sh and quickstart.sh, as far as they can be tested without installing: what they refuse."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_installs_anew_when_the_native_library_could_be_another(tools: Path, tmp
         assert is_up_to_date(said) == seen
         assert "not built" not in said
     library.unlink()
+    assert not is_up_to_date(source_it())
+    # Another torch is another install, with the other pins as they are.
+    pins = (ROOT / "launch/constraints.txt").read_text(encoding="utf-8")
+    used = venv / ".lowmem_adam_constraints.txt"
+    assert used.read_text(encoding="utf-8") == pins
+    said = source_it(LOWMEM_ADAM_TORCH="2.9.1")
+    assert not is_up_to_date(said)
+    assert "installing torch==2.9.1" in said
+    changed = re.sub(r"^torch==.*$", "torch==2.9.1", pins, flags=re.MULTILINE)
+    assert used.read_text(encoding="utf-8") == changed != pins
+    assert is_up_to_date(source_it(LOWMEM_ADAM_TORCH="2.9.1"))
     assert not is_up_to_date(source_it())
 
 

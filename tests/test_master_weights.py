@@ -23,6 +23,7 @@ from tests.cases import (
     everything,
     gradient,
     make_params,
+    need_other_gradients,
     params_of,
     train,
 )
@@ -42,6 +43,7 @@ def twins_of(params: list[Parameter]) -> list[Parameter]:
 
 def step_both(pairs: list[tuple[Adam8bit, list[Parameter]]], step: int) -> None:
     """One step of each with the same float32 gradients."""
+    need_other_gradients()
     for opt, params in pairs:
         for index, param in enumerate(params):
             param.grad_dtype = None

@@ -30,6 +30,7 @@ from tests.cases import (
     everything,
     gradient,
     make_params,
+    need_other_gradients,
     set_gradients,
     train,
 )
@@ -116,6 +117,7 @@ def test_memory_around_a_view_is_left_alone() -> None:
 
 def test_fp32_gradients_of_16_bit_parameters() -> None:
     (param,), (twin,) = make_params(MATRIX, torch.bfloat16), make_params(MATRIX, torch.bfloat16)
+    need_other_gradients()
     param.grad_dtype = torch.float32
     opts = AdamW8bit([param]), AdamW8bit([twin])
     for step in range(2):
@@ -367,7 +369,8 @@ def test_schedulers_drive_it_as_they_drive_torch(name: str, tensor_lr: bool) -> 
         for schedule in schedules:
             schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     assert len(rates) > 1
-    assert isinstance(opt.param_groups[0]["lr"], Tensor) == tensor_lr
+    # Of a tensor ReduceLROnPlateau made a number in torch 2.9.
+    assert type(opt.param_groups[0]["lr"]) is type(theirs.param_groups[0]["lr"])
     assert_same_bits(copied(params), copied(twins))
     assert (len(betas) > 1) == (name in ("OneCycleLR", "CyclicLR"))
 
