@@ -290,9 +290,9 @@ def quickstart(read: Results) -> str:
 
 def closing(read: Results) -> str:
     return (
-        f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures all "
-        "of it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); [docs/benchmarks.md](docs/benchmarks.md) "
-        "says how, where other formats do better, and which targets are missed."
+        f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures "
+        "all of it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); "
+        "[docs/benchmarks.md](docs/benchmarks.md) says how, where other formats do better, and which targets are missed."
     )
 
 
@@ -309,7 +309,7 @@ def section(read: Results) -> str:
         f"Over {read('parity')['seeds']} paired seeds of trainings from scratch:",
         parity(read),
         quickstart(read),
-        "![Time of a step against others](benchmarks/results/step_against_peers.png)",
+        "![Time of a step against others](benchmarks/results/step_time_peers.png)",
         steps(read),
         python_time(read),
         on_a_gpu(read),
