@@ -160,8 +160,8 @@ def follows(read: Results) -> str:
     low, high = min(row["worst_p5"] for row in near), max(row["worst_p95"] for row in near)
     return (
         f"`sqrt(v)` keeps within {low:.2f} to {high:.2f} of fp32's (5th to 95th percentile over 4,000 steps, "
-        f"beta2 = 0.999) where scales in a block spread over up to 2 decades, over 4 decades within {far['worst_p5']:.2f} to "
-        f"{far['worst_p95']:.2f}."
+        f"beta2 = 0.999) where scales in a block spread over up to 2 decades, over 4 within "
+        f"{far['worst_p5']:.2f} to {far['worst_p95']:.2f}."
     )
 
 
@@ -269,9 +269,10 @@ def python_time(read: Results) -> str:
     few = min(tensors for _, tensors in rows)
     ours, phases, torchs = (rows[name, few] for name in ("lowmem-adam", "lowmem-adam, all phases", "torch fused"))
     return (
-        f"Each tensor costs {ours:.1f} microseconds of Python a step (torch's fused AdamW: {torchs:.1f}) where a step is "
-        f"like the last one, in one process with the state on the parameters' device; {phases:.1f} after a change, and "
-        'always with shards, DTensors, `offload`, `capturable` and `nonfinite="error"`: thousands of tiny ones add up.'
+        f"Each tensor costs {ours:.1f} microseconds of Python a step (torch's fused AdamW: {torchs:.1f}) where a step "
+        f"is like the last one, in one process with the state on the parameters' device; {phases:.1f} after a change, "
+        'and always with shards, DTensors, `offload`, `capturable` and `nonfinite="error"`: thousands of tiny ones '
+        "add up."
     )
 
 
@@ -289,9 +290,9 @@ def quickstart(read: Results) -> str:
 
 def closing(read: Results) -> str:
     return (
-        f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures all of "
-        "it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); [docs/benchmarks.md](docs/benchmarks.md) says "
-        "how, where other formats do better, and which targets are missed."
+        f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures "
+        "all of it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); "
+        "[docs/benchmarks.md](docs/benchmarks.md) says how, where other formats do better, and which targets are missed."
     )
 
 
@@ -308,7 +309,7 @@ def section(read: Results) -> str:
         f"Over {read('parity')['seeds']} paired seeds of trainings from scratch:",
         parity(read),
         quickstart(read),
-        "![Time of a step against others](benchmarks/results/step_against_peers.png)",
+        "![Time of a step against others](benchmarks/results/step_time_peers.png)",
         steps(read),
         python_time(read),
         on_a_gpu(read),

@@ -135,7 +135,7 @@ def main(
     if quick:
         typer.echo(f"quick results are in {folder}; README.md is left as it is")
     elif folder == harness.RESULTS and not broken:
-        pictures.draw_all(folder)
+        pictures.draw(folder, folder)
         readme.write(folder)
         typer.echo("README.md and its pictures are made from these results")
     if broken:

@@ -10,10 +10,10 @@ from typing import Any
 import typer
 
 PAGE = Path(__file__).with_name("cli.md")
-OPENING = """# Command line
+OPENING = """# Commands and options
 
-`pip install "lowmem-adam[cli]"` brings the program; `lowmem-adam --install-completion` completes names and options in
-the shell. This page is written by `python docs/write_cli.py` from what `--help` says.
+Every command with its arguments and options, written by `python docs/write_cli.py` from what `--help` says. Exit codes,
+`--json` and completion in the shell are on a page of their own: [command_line.md](command_line.md).
 """
 
 

@@ -326,13 +326,19 @@ def test_every_file_of_the_package_is_named() -> None:
     assert {name for name in named if name.startswith("lowmem_adam/")} == there
 
 
-def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repository", ["", "https://example.org/repository"], ids=["unknown", "known"])
+def test_site_is_built_without_a_warning(repository: str, tmp_path: Path) -> None:
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module, reason=f"needs {module}: pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml"]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
     finished = subprocess.run(
-        [*command, "--site-dir", str(tmp_path)], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+        [*command, "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**variables, "LOWMEM_ADAM_REPOSITORY": repository},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for page in navigation():
@@ -340,3 +346,14 @@ def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
         assert (built if page != "index.md" else tmp_path / page.replace(".md", ".html")).exists(), page
     assert (tmp_path / "benchmarks/results/gpu/index.html").exists()
     assert 'id="lowmem_adam.AdamW8bit"' in (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    # Sources are linked to where they are, if that is known, and otherwise lie in the site; folders do not.
+    overview, kernels = (
+        (tmp_path / name / "index.html").read_text(encoding="utf-8") for name in ("overview", "kernels")
+    )
+    if repository:
+        assert f'href="{repository}/blob/HEAD/lowmem_adam/codec.py"' in overview
+        assert f'href="{repository}/tree/HEAD/lowmem_adam/native"' in kernels
+    else:
+        assert 'href="../lowmem_adam/codec.py"' in overview
+        assert (tmp_path / "lowmem_adam/codec.py").read_bytes() == (ROOT / "lowmem_adam/codec.py").read_bytes()
+    assert "nowhere:" not in overview + kernels
