@@ -30,7 +30,7 @@ def found() -> dict[str, Any]:
 
 
 def test_bytes_of_states_that_are_known(found: dict[str, Any]) -> None:
-    """torch: two float32 moments and a counter of 4 bytes; ours: two codes, 2 bytes a block of 128, and 8 of counters."""
+    """torch: two float32 moments and a counter of 4 bytes; ours: two codes, 2 bytes a block of 128, 8 of counters."""
     for label, each, counters in ((LABELS[0], 2 + 2 / 128, 8), (LABELS[1], 8, 4)):
         rows = found["probes"][label]
         assert [row["numel"] for row in rows] == list(SMALL.numels)
