@@ -15,7 +15,7 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 from torch.nn import Parameter  # noqa: E402
 
-from benchmarks import bench_memory, memory_probe, pictures  # noqa: E402
+from benchmarks import bench_parity, harness, memory_probe, pictures  # noqa: E402
 from benchmarks.bench_memory import Size, chosen_contestants, measure, tables, verdicts  # noqa: E402
 from benchmarks.step_contestants import FUSED, OURS, Contestant, count, fused, own_settings  # noqa: E402
 from benchmarks.step_timing import Plan  # noqa: E402
@@ -129,7 +129,7 @@ def test_names_that_are_nobodys() -> None:
 
 def test_pictures_come_from_the_files_alone(found: dict[str, Any], tmp_path: Path) -> None:
     """Those whose results are there are drawn; the state's figures are what was measured."""
-    bench_memory.harness.write_results("memory", found, "# one", tmp_path)
+    harness.write_results("memory", found, "# one", tmp_path)
     assert pictures.draw(tmp_path, tmp_path / "out") == [tmp_path / "out" / "memory_by_setting.png"]
     assert (tmp_path / "out" / "memory_by_setting.png").read_bytes().startswith(b"\x89PNG")
     states = dict(pictures.main_states(json.loads((tmp_path / "memory.json").read_text())))
@@ -139,14 +139,14 @@ def test_pictures_come_from_the_files_alone(found: dict[str, Any], tmp_path: Pat
 
 def test_rows_of_the_loss_picture() -> None:
     """In parts of the spread, 0.2; a run that diverged has no interval."""
-    runs = {
-        pictures.BASELINE: [1.0, 1.2, 1.4],
-        pictures.OURS_TRAINED: [1.01, 1.23, 1.45],
-        pictures.CONTROL: [2.0, 9.0, "inf"],
+    runs: dict[str, list[Any]] = {
+        bench_parity.BASELINE: [1.0, 1.2, 1.4],
+        bench_parity.OURS: [1.01, 1.23, 1.45],
+        bench_parity.CONTROL: [2.0, 9.0, "inf"],
     }
     task = {"runs": {name: [{"final": final} for final in finals] for name, finals in runs.items()}}
     ours, control = pictures.parity_rows({"tasks": {"one": task}})
-    assert ours[:2] == ("one", pictures.OURS_TRAINED)
+    assert ours[:2] == ("one", bench_parity.OURS)
     assert ours[2] == pytest.approx(0.03 / 0.2)
     assert ours[3] is not None
     assert ours[3][0] < ours[2] < ours[3][1]
@@ -154,6 +154,6 @@ def test_rows_of_the_loss_picture() -> None:
 
 
 def test_committed_results_are_drawn(tmp_path: Path) -> None:
-    results = pictures.harness.RESULTS
+    results = harness.RESULTS
     drawn = {path.name for path in pictures.draw(results, tmp_path)}
     assert drawn >= {"step_time_peers.png", "loss_parity.png"}
