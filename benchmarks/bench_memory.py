@@ -30,6 +30,7 @@ STATE_TARGET, FILE_TARGET = 2.05, 2.05  # bytes a parameter, at the main size
 EXTRA_MIB_TARGET = 1.0  # a thread
 STATE_EXPONENT = 0.005
 """How far from 1 the exponent of a state's growth may be; a constant of some bytes is fitted beside it."""
+LARGEST_PARTS = 3  # of the time, for those whose largest sizes matter most: ours and torch's fused step
 MIB = 1 << 20
 
 Table = tuple[str, list[str], list[list[harness.Cell]]]
@@ -57,8 +58,9 @@ def measure_probes(
         return run_probe(chosen, size.numels, size.main, torch.get_num_threads(), seconds)
     end = time.perf_counter() + seconds
     found: dict[str, list[dict[str, Any]]] = {}
+    parts = [LARGEST_PARTS if contestant.name in (OURS, FUSED) else 1 for contestant in chosen]
     for position, contestant in enumerate(chosen):
-        part = max(end - time.perf_counter(), 0.0) / (len(chosen) - position)
+        part = max(end - time.perf_counter(), 0.0) * parts[position] / sum(parts[position:])
         found |= run_probe([contestant], size.numels, size.main, torch.get_num_threads(), part)
     return found
 
@@ -186,7 +188,7 @@ def chosen_contestants(only: Sequence[str], peers: bool) -> list[Contestant]:
 
 def main(
     quick: Annotated[bool, typer.Option(help="A short version, to see that everything runs.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and PNG files.")] = harness.RESULTS,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON and Markdown files.")] = harness.RESULTS,
     threads: Annotated[int, typer.Option(help="Threads of all contestants; 0 takes torch's number.", min=0)] = 0,
     peers: Annotated[
         bool | None, typer.Option(help="Other packages' optimizers as well; default: not if quick.")

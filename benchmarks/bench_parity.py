@@ -7,7 +7,7 @@ d_i is the difference of their final validation losses and s the standard deviat
 over the seeds. An optimizer has parity on a task where every run stays finite and |mean(d_i)| <= s: exchanging the
 optimizer changes the result by no more than drawing another seed does, so that nobody could tell the two apart from
 a run of each. Pairing removes the seeds' own spread from the d_i, so that a few seeds resolve a difference well below
-s: mean(d_i) has its standard error and its 95% confidence interval (Student's t) beside it, and where the whole
+s: mean(d_i) has its standard error and its 95% confidence interval (Student's t) beside it, and where all of the
 interval lies within s, the seeds were enough to say so. The negative control, m and v each linear in 8 bits, must fail
 the same check; where it passes, the task proves nothing.
 """
