@@ -294,5 +294,6 @@ def kernels() -> list[Kernel]:
     elsewhere = [kernel._replace(layout=layout) for layout in LAYOUTS[1:] for kernel in some]
     settings: list[dict[str, Any]] = [{"l2_decay": True}, {"nonfinite": "propagate"}]
     settings.append({**settings[0], **settings[1]})
+    searching = [kernel._replace(wide=True) for kernel in some if kernel.moments == "8bit"]
     otherwise = [kernel._replace(**changes) for changes in settings for kernel in some]
-    return [*of_float32, *of_halves, *elsewhere, *otherwise, Kernel(name=RECORD)]
+    return [*of_float32, *of_halves, *elsewhere, *otherwise, *searching, Kernel(name=RECORD)]
