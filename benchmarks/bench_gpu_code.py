@@ -68,6 +68,8 @@ def row(kernel: Kernel, target: str, counted: Counted) -> list[harness.Cell]:
         own: list[harness.Cell] = [target, "hyperparameters", "", "", "", "", counted.registers, most, counted.spilled]
         return [*own, *[""] * 7, fused, problems]
     settings = "L2 decay" if kernel.l2_decay else ""
+    if kernel.wide:
+        settings += (", " if settings else "") + "beta2 0.9999"
     if kernel.nonfinite != "skip":
         settings += (", " if settings else "") + kernel.nonfinite
     if kernel.param != "float32" and kernel.master == "none":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowmem_adam.kernels.triton import MOST_REGISTERS
+from lowmem_adam.kernels.triton import ALL_REGISTERS, MOST_REGISTERS
 from lowmem_adam.layout import BLOCK_SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +50,6 @@ NVIDIA's multiprocessor has 65,536 and gives them out by eights, so with 168 six
 once, with 36 KB of bf16 elements on their way, or 60 KB of fp32. By Little's law an H100 (3.35 TB/s, 132
 multiprocessors) needs 20 KB if memory takes 800 ns. AMD's SIMD has 512 for each of its lanes: with 128, four waves.
 """
-ALL_REGISTERS = 255
-"""Of a thread, on NVIDIA, in other layouts than WHOLE, which is nearly all parameters': four programs at once."""
 
 
 class Kernel(NamedTuple):
@@ -67,6 +65,8 @@ class Kernel(NamedTuple):
     rounding: str = "stochastic"
     nonfinite: str = "skip"
     l2_decay: bool = False
+    wide: bool = False
+    """Betas that let ratios exceed what codes reach."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def metadata_bytes(kernel: Kernel) -> float:
 
 def most_registers(kernel: Kernel, target: str) -> int:
     """The bound."""
+    # Nearly all parameters are WHOLE; of others there are four programs at once.
     backend = str(TARGETS[target][0])
     return ALL_REGISTERS if backend == "cuda" and kernel.layout != "WHOLE" else REGISTERS[backend]
 
@@ -293,5 +294,6 @@ def kernels() -> list[Kernel]:
     elsewhere = [kernel._replace(layout=layout) for layout in LAYOUTS[1:] for kernel in some]
     settings: list[dict[str, Any]] = [{"l2_decay": True}, {"nonfinite": "propagate"}]
     settings.append({**settings[0], **settings[1]})
+    searching = [kernel._replace(wide=True) for kernel in some if kernel.moments == "8bit"]
     otherwise = [kernel._replace(**changes) for changes in settings for kernel in some]
-    return [*of_float32, *of_halves, *elsewhere, *otherwise, Kernel(name=RECORD)]
+    return [*of_float32, *of_halves, *elsewhere, *otherwise, *searching, Kernel(name=RECORD)]

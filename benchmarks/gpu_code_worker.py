@@ -92,7 +92,8 @@ def fragment_of(kernel: Kernel) -> Fragment:
 
 def work_of(kernel: Kernel) -> AnyWork:
     """The fragment and hyperparameters."""
-    settings: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "maximize": False, "seed": 1}
+    betas = (0.9, 0.9999 if kernel.wide else 0.999)
+    settings: dict[str, Any] = {"betas": betas, "eps": 1e-8, "weight_decay": 0.1, "maximize": False, "seed": 1}
     settings["decoupled"] = not kernel.l2_decay
     if kernel.name == ADAM:
         settings |= {"low_precision_update": kernel.rounding, "nonfinite": kernel.nonfinite}

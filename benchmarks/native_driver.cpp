@@ -39,10 +39,11 @@ int main(int argc, char **argv) {
     f.master_kind = kind;
     f.rows = rows;
     f.cols = cols;
+    f.block_size = 128;
     f.end_block = n / 128;
     for (int step = 1; step <= steps; ++step) {
         const struct lowmem_adam_scalars s = {0.9f,   0.1f, 0.999f, 0.001f, 1e-8f, 0.0f, 0.99999f,
-                                              1e-3f, 1.0f, dtype != 0, 1, 12345u, static_cast<uint32_t>(step)};
+                                              1e-3f, 1.0f, dtype != 0, 1, 0, 12345u, static_cast<uint32_t>(step)};
         int64_t skipped;
         if (lowmem_adam_step(&f, 1, &s, 1, 1, isa, &skipped)) return 1;
     }

@@ -12,9 +12,15 @@ scales inside one block lie decades apart. So, for a block of at most 128 elemen
 * ``m`` is coded as the ratio ``r = m / root`` to the root *before its rounding*, companded by ``y = r / (1 + |r|)`` =
   ``m / (root + |m|)``, in one signed byte. It needs no scale of its own, its error is directly an error of u, and
   zero is exact. Decoded against the stored root, m takes over that root's rounding error, so that it cancels in u;
-  coded against the stored root, m would be free of it and u would not. |r| is at most
-  (1-b1)/sqrt((1-b2)(1-b1^2/b2)), 7.27 for the default betas, when b1^2 < b2; beyond ``MAX_RATIO`` = 7.94 the code
-  saturates, which errs to smaller steps.
+  coded against the stored root, m would be free of it and u would not. The code reaches ``MAX_RATIO`` = 7.94. |r| is
+  at most (1-b1)/sqrt((1-b2)(1-b1^2/b2)) when b1^2 < b2, and has no bound otherwise: 7.27 for the default betas, 22.9
+  for (0.9, 0.9999), 31.6 for (0, 0.999).
+* **Ratio octaves.** Where the betas let a ratio exceed ``MAX_RATIO`` (``exceeds``), a block codes all of its ratios as
+  r / 2^j with the least j from 0 to 7 for which the largest does not saturate: three bits that the count of octaves
+  leaves free in its byte. j follows from the codes before their rounding, c = 143 r / (1 + r), of which the largest is
+  compared with what 127/16 * 2^i would have, i = 0 .. 6. Beyond 1016 a code saturates, which errs to smaller steps.
+  An element counts if its root is positive and finite and its moment finite: what underflowed or broke in one must
+  not coarsen the 127 others. Other betas leave j at 0; decoding honours what a block has, whatever the betas are.
 * **Dither.** With beta2 = 0.999 a step moves the root by far less than a code, so rounding to nearest would freeze
   the average. Thresholds follow a Weyl sequence in the step, keyed by (seed, block ordinal, lane): unbiased, one
   addition, and its errors cancel in time. Roots are dithered at every step, and so are ratios beyond 2.04, whose
@@ -27,6 +33,7 @@ The quotient ``m / (root + |m|)`` is a product with ``reciprocal``, a few intege
 on every machine: there are divisions enough in a step for it to wait for.
 
 Moments on disk, kernels on other devices and tests all read ``FORMAT``; changing any number in it is a new version.
+Version 1 had no ratio octaves: its bytes mean in version 2 what they meant.
 
 Sources: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise 8-bit moments; companding by softsign also in
 FlashOptim (arXiv 2602.23349); integer hash constants from https://github.com/skeeto/hash-prospector; Weyl increments
@@ -50,18 +57,33 @@ _MASK32 = 0xFFFFFFFF
 class BlockFormat:
     """Every constant of the format. Kernels read these; none of them is stored with a tensor."""
 
-    version: int = 1
+    version: int = 2
+    oldest_version: int = 1
+    """The first whose state reads the same in this one."""
     block_size: int = BLOCK_SIZE
     mantissa_bits: int = 23
     root_intervals: int = 254
     """Root codes 1 .. 255 stand for 0 .. 254 intervals above the floor."""
     max_octaves: int = 24
     """Roots more than this below the block's largest take the floor, which errs to smaller steps."""
+    octave_bits: int = 5
+    """Of a block's byte ``span``: the lower ones count the octaves of its roots, the upper three its ratio octaves."""
     ratio_scale: int = 143
     """Ratio code q stands for r = q / (ratio_scale - |q|)."""
     ratio_limit: int = 127
     ratio_always_dithered: int = 96
     """Ratios beyond this code are dithered at every step, the others at every second."""
+    ratio_thresholds: tuple[float, ...] = tuple(
+        map(
+            float.fromhex,
+            (
+                *("0x1.fcp+6", "0x1.0d0d46p+7", "0x1.154466p+7", "0x1.1990dep+7"),
+                *("0x1.1bc4p+7", "0x1.1ce0ep+7", "0x1.1d7028p+7"),
+            ),
+        )
+    )
+    """A block has as many ratio octaves as its largest code before rounding exceeds of these: 143 R / (1 + R) of
+    R = 127/16 * 2^i, rounded to float32."""
     max_exponent: int = 191
     """Biased exponent of the highest ceiling, 2^64: roots are square roots of float32 numbers."""
     reciprocal_seed: int = 0x7EF32400
@@ -95,7 +117,9 @@ MAX_RATIO = FORMAT.ratio_limit / (FORMAT.ratio_scale - FORMAT.ratio_limit)
 
 
 class Grid(NamedTuple):
-    """Metadata of blocks, both ``(n_blocks,)`` uint8: biased exponent of the floor, octaves above it."""
+    """Metadata of blocks, both ``(n_blocks,)`` uint8: biased exponent of the floor; octaves above it and, in the upper
+    three bits, ratio octaves.
+    """
 
     floor: Tensor
     span: Tensor
@@ -184,6 +208,7 @@ def block_grid(root: Tensor) -> Grid:
     The floor is the power of two at or below the smallest positive root, the ceiling the one above the largest,
     unless they lie more than ``max_octaves`` apart. Infinite and NaN roots do not count: one of them must not ruin
     the 127 others. A block without a positive finite root gets floor 0 and span 0 (and is coded as if span were 1).
+    There are no ratio octaves yet.
     """
     # As integers, without the sign that a NaN may have. Comparisons and selections of single elements cost torch
     # ten times what arithmetic does, so they are kept to whole blocks and to the rare case.
@@ -202,13 +227,29 @@ def block_grid(root: Tensor) -> Grid:
     return Grid(floor.to(torch.uint8), span.to(torch.uint8))
 
 
+def grid_octaves(span: Tensor) -> Tensor:
+    """Of bytes ``span`` the octaves of the roots, uint8."""
+    return span.bitwise_and((1 << FORMAT.octave_bits) - 1)
+
+
+def ratio_octaves(span: Tensor) -> Tensor:
+    """Of bytes ``span`` the ratio octaves, uint8."""
+    return span >> FORMAT.octave_bits
+
+
+def exceeds(beta1: float, beta2: float) -> bool:
+    """Whether a ratio m / root can get beyond ``MAX_RATIO`` with these betas, so that blocks look for ratio octaves."""
+    falls = 1.0 - beta1 * beta1 / beta2 if beta1 * beta1 < beta2 else 0.0
+    return not (1.0 - beta1) ** 2 <= MAX_RATIO**2 * (1.0 - beta2) * falls
+
+
 def _grid_bits(grid: Grid) -> tuple[Tensor, Tensor]:
     """Bits of the floor, and bits from one code to the next; both int32 ``(n_blocks, 1)``.
 
     A block of zeros (floor 0, span 0) counts as one octave from 2^-126 on: no code but 0 may decode to zero.
     """
     floor = grid.floor.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits
-    span = grid.span.to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits
+    span = grid_octaves(grid.span).to(torch.int32).clamp_(min=1)[:, None] << FORMAT.mantissa_bits
     return floor, torch.div(span, FORMAT.root_intervals, rounding_mode="floor")
 
 
@@ -218,7 +259,7 @@ def encode_root(root: Tensor, grid: Grid, threshold: Tensor) -> Tensor:
     With ``fl`` for one rounding to float32 (nearest, ties to even), ``bits`` the root's bits without their sign, and
     ``per_code = (span << 23) // 254``, an exact float:
     ``code = min(255, trunc(fl(fl(fl(max(bits - (floor << 23), 0)) * fl(1 / per_code)) + threshold)))``, where the
-    threshold lies in [1, 2).
+    threshold lies in [1, 2), and span is in octaves.
     """
     floor, per_code = _grid_bits(grid)
     bits = root.view(torch.int32) & 0x7FFFFFFF
@@ -252,21 +293,45 @@ def reciprocal(x: Tensor) -> Tensor:
     return estimate
 
 
-def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tensor) -> Tensor:
+def _companded(exp_avg: Tensor, root: Tensor, octaves: Tensor | None) -> Tensor:
+    """Codes of ratios before their rounding, between -143 and 143."""
+    root = root.nan_to_num(LARGEST_ROOT, posinf=LARGEST_ROOT).clamp_(min=SMALLEST_NORMAL)
+    exp_avg = exp_avg.nan_to_num(0.0).clamp_(-LARGEST_MOMENT, LARGEST_MOMENT)
+    total = exp_avg.abs().add_(root if octaves is None else root.mul_(_power_of_two(octaves)))
+    return (exp_avg * reciprocal(total)).mul_(FORMAT.ratio_scale)
+
+
+def _power_of_two(octaves: Tensor) -> Tensor:
+    """2^j of ratio octaves ``(n_blocks,)``, float32 ``(n_blocks, 1)``."""
+    return (octaves.to(torch.int32)[:, None] + 127 << FORMAT.mantissa_bits).view(torch.float32)
+
+
+def find_ratio_octaves(exp_avg: Tensor, root: Tensor) -> Tensor:
+    """The ratio octaves of each block, uint8 ``(n_blocks,)``; arguments as of ``encode_ratio``.
+
+    The number of ``ratio_thresholds`` below the largest ``|fl(fl(m * reciprocal(fl(max(root, 2^-126) + |m|))) * 143)|``
+    of a finite m beside a finite and positive root; 0 where a block has none.
+    """
+    counts = (root > 0).logical_and_(root < torch.inf).logical_and_(exp_avg.abs() < torch.inf)
+    largest = torch.where(counts, _companded(exp_avg, root, None).abs_(), 0.0).amax(dim=1)
+    return torch.stack([largest > threshold for threshold in FORMAT.ratio_thresholds]).sum(dim=0).to(torch.uint8)
+
+
+def encode_ratio(
+    exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tensor, octaves: Tensor | None = None
+) -> Tensor:
     """First moments, float32 ``(n_blocks, width)``, to int8 codes relative to the roots before their rounding.
 
     ``nearest``: bool ``(n_blocks, 1)``, where ratios up to ``ratio_always_dithered`` are rounded to nearest instead.
-    An exact zero has code 0, and so has a moment that is NaN.
+    ``octaves``: the ratio octaves j of each block, uint8 ``(n_blocks,)``; None where all are 0. An exact zero has code
+    0, and so has a moment that is NaN.
 
-    ``y = fl(fl(m * reciprocal(fl(max(root, 2^-126) + |m|))) * 143)``; the threshold, in [128, 129), becomes 128.5
+    ``y = fl(fl(m * reciprocal(fl(max(root, 2^-126) * 2^j + |m|))) * 143)``; the threshold, in [128, 129), becomes 128.5
     where ``nearest`` and ``|y| <= 96``; ``code = clamp(trunc(fl(y + threshold)) - 128, -127, 127)``. A root that is
     not finite counts as 2^64, above which there is none, and an infinite moment as 2^100. Where g^2 underflows, root
     is 0 beside m: whatever the code is then, it decodes to 0.
     """
-    root = root.nan_to_num(LARGEST_ROOT, posinf=LARGEST_ROOT)
-    exp_avg = exp_avg.nan_to_num(0.0).clamp_(-LARGEST_MOMENT, LARGEST_MOMENT)
-    total = exp_avg.abs().add_(root.clamp_(min=SMALLEST_NORMAL))
-    code = (exp_avg * reciprocal(total)).mul_(FORMAT.ratio_scale)
+    code = _companded(exp_avg, root, octaves)
     # Where a block is to round small ratios to nearest, the threshold is 128.5. The selection is spelled as
     # arithmetic, which is exact here: `dithered` is 0 or 1, since codes beyond the limit exceed it by more than 2^-40.
     dithered = code.abs().sub_(FORMAT.ratio_always_dithered).mul_(2.0**40).clamp_(0, 1)
@@ -275,31 +340,39 @@ def encode_ratio(exp_avg: Tensor, root: Tensor, threshold: Tensor, nearest: Tens
     return code.clamp_(-FORMAT.ratio_limit, FORMAT.ratio_limit).to(torch.int8)
 
 
-def decode_ratio(code: Tensor, root: Tensor) -> Tensor:
-    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments.
+def decode_ratio(code: Tensor, root: Tensor, octaves: Tensor | None = None) -> Tensor:
+    """int8 codes ``(n_blocks, width)`` and decoded roots to float32 moments; ``octaves`` as of ``encode_ratio``.
 
-    ``fl(fl(q / (143 - |q|)) * root)``.
+    ``fl(fl(fl(q / (143 - |q|)) * root) * 2^j)``.
     """
     code = code.to(torch.float32)
-    return code.div_(FORMAT.ratio_scale - code.abs()).mul_(root)
+    exp_avg = code.div_(FORMAT.ratio_scale - code.abs()).mul_(root)
+    return exp_avg if octaves is None else exp_avg.mul_(_power_of_two(octaves))
 
 
-def encode(exp_avg: Tensor, root: Tensor, dither: Dither) -> Codes:
+def encode(exp_avg: Tensor, root: Tensor, dither: Dither, wide: bool = False) -> Codes:
     """Code a block matrix of moments.
 
     Args:
         exp_avg: first moment, float32 ``(n_blocks, width)``, padding zero.
         root: square root of the second moment, same shape, not negative.
         dither: thresholds of exactly these blocks.
+        wide: whether to look for ratio octaves, as the betas decide (``exceeds``).
     """
     root_threshold, ratio_threshold, nearest = dither.moment_thresholds()
     grid = block_grid(root)
     root_code = encode_root(root, grid, root_threshold)
-    exp_avg_code = encode_ratio(exp_avg, root, ratio_threshold, nearest)
-    return Codes(exp_avg_code, root_code, grid)
+    octaves = find_ratio_octaves(exp_avg, root) if wide else None
+    exp_avg_code = encode_ratio(exp_avg, root, ratio_threshold, nearest, octaves)
+    return Codes(exp_avg_code, root_code, grid if octaves is None else with_ratio_octaves(grid, octaves))
+
+
+def with_ratio_octaves(grid: Grid, octaves: Tensor) -> Grid:
+    """The grid with these in place of none."""
+    return Grid(grid.floor, grid.span | octaves << FORMAT.octave_bits)
 
 
 def decode(codes: Codes) -> tuple[Tensor, Tensor]:
     """The first moment and the root of the second that the codes stand for, float32 ``(n_blocks, width)``."""
     root = decode_root(codes.root, codes.grid)
-    return decode_ratio(codes.exp_avg, root), root
+    return decode_ratio(codes.exp_avg, root, ratio_octaves(codes.grid.span)), root

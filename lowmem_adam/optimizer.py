@@ -437,6 +437,7 @@ class Adam8bit(GradientOptimizer):
         for group in self.param_groups:
             for name, value in settings.SINCE.items():
                 group.setdefault(name, value)
+            group["format_version"] = FORMAT.version
         self._watch_gradients()
         self._stepper.forget()  # also after a load, or the tensors replaced would stay in memory
         # torch adds this to every optimizer it restores; it is no setting of ours.

@@ -165,7 +165,7 @@ class Repeat:
         addresses = _addresses(grads)
         for call in self._calls:
             used = [records[record] for record in call.records]
-            switches = tuple((one.weight_decay != 0.0, one.stochastic, one.skip_nonfinite) for one in used)
+            switches = tuple((one.weight_decay != 0.0, one.stochastic, one.skip_nonfinite, one.wide) for one in used)
             if switches not in call.kept:
                 call.kept.clear()
                 call.kept[switches] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import settings
-from lowmem_adam.codec import FORMAT
+from lowmem_adam.codec import FORMAT, grid_octaves
 from lowmem_adam.local import Span, is_dtensor, local
 from lowmem_adam.state import home_of, master_dtype, state_faults
 
@@ -35,6 +35,8 @@ class Owner(NamedTuple):
     label: str
     master: torch.dtype | None
     """By the saved settings, which a load takes over."""
+    version: int
+    """The saved format's."""
 
 
 def check(
@@ -72,7 +74,7 @@ def check_owned(state: Mapping[str, Any], owner: Owner, span: Span | None = None
 def faults(state: Mapping[str, Any], owner: Owner, span: Span | None = None) -> Iterator[str]:
     """Everything for which ``check_owned`` refuses state, a sentence each; of wrong tensors no values."""
     found = list(state_faults(state, owner.param.shape, owner.moments, owner.label, span, owner.master))
-    yield from found or _value_faults(state, owner.label)
+    yield from found or _value_faults(state, owner)
 
 
 def owners_of(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> dict[Any, Owner]:
@@ -106,7 +108,7 @@ def owners_in_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: s
     owners = {}
     for key, param, name in zip(saved["params"], group["params"], names, strict=True):
         label = f"state_dict, parameter {key}" + (f" ({name!r})" if name else "")
-        owners[key] = Owner(param, group["moments"], label, master_dtype(param.dtype, saved))
+        owners[key] = Owner(param, group["moments"], label, master_dtype(param.dtype, saved), saved["format_version"])
     return owners
 
 
@@ -141,8 +143,9 @@ def _check_group(saved: Mapping[str, Any], group: Mapping[str, Any], where: str)
     settings.check_group({**saved, "backend": group["backend"]}, where)
 
 
-def _value_faults(state: Mapping[str, Tensor], label: str) -> Iterator[str]:
+def _value_faults(state: Mapping[str, Tensor], owner: Owner) -> Iterator[str]:
     """What no step writes would decode to nonsense."""
+    label = owner.label
     if not 0 <= int(state["step"]) < MAX_STEP:
         yield f"{label}: step is {int(state['step'])}; accepted: integers from 0 below {MAX_STEP}"
     for key in ("absmax1", "absmax2"):
@@ -152,6 +155,8 @@ def _value_faults(state: Mapping[str, Tensor], label: str) -> Iterator[str]:
             yield f"{label}: {key} has a value {wrong}; accepted: finite numbers from 0"
     floor, octaves = (local(state[key]) if key in state else None for key in ("block_floor", "block_span"))
     if floor is not None and octaves is not None and octaves.numel():
+        if owner.version > 1:  # whose bytes hold ratio octaves too
+            octaves = grid_octaves(octaves)
         span = int(octaves.max())
         if span > FORMAT.max_octaves:
             yield f"{label}: block_span reaches {span}; accepted: 0 to {FORMAT.max_octaves} octaves"
@@ -165,13 +170,13 @@ def _value_faults(state: Mapping[str, Tensor], label: str) -> Iterator[str]:
 def seal(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A copy of the state with sealed tensors.
 
-    The machine's own choice of backend stays as the optimizer has it.
+    The machine's own choice of backend stays as the optimizer has it, and so does the format that steps write.
     """
     state = {
         param: {key: _Sealed(value) for key, value in tensors.items()} for param, tensors in state_dict["state"].items()
     }
     saved_groups = [
-        settings.normalised({**saved, "backend": group["backend"]})
+        settings.normalised({**saved, **{name: group[name] for name in ("backend", "format_version")}})
         for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     return {**state_dict, "state": state, "param_groups": saved_groups}

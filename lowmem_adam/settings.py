@@ -201,9 +201,10 @@ def check_version(version: object, where: str) -> None:
     Raises:
         ValueError: another version than this code reads.
     """
-    if type(version) is not int or version != FORMAT.version:
+    if type(version) is not int or not FORMAT.oldest_version <= version <= FORMAT.version:
+        accepted = ", ".join(map(str, range(FORMAT.oldest_version, FORMAT.version + 1)))
         raise ValueError(
-            f"{where}: format version {version!r}; accepted: {FORMAT.version} "
+            f"{where}: format version {version!r}; accepted: {accepted} "
             "(state of a newer version needs a newer lowmem_adam)"
         )
 

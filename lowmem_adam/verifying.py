@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem_adam import foreign, saved_state, settings, stored
-from lowmem_adam.codec import FORMAT
+from lowmem_adam.codec import FORMAT, grid_octaves
 from lowmem_adam.foreign.moments import coded_state
 from lowmem_adam.foreign.of_bitsandbytes import NESTED
 from lowmem_adam.saved_state import Owner
@@ -272,8 +272,9 @@ def _values_of_no_step(state: Mapping[str, Tensor], label: str) -> Iterator[str]
                     yield f"{label}: {name} has a value {values[~right][0].item()}; accepted: {accepted}"
                     break
     if "block_floor" in state:
-        empty = [state[name] == 0 for name in ("block_floor", "block_span")]
-        if bool((empty[0] != empty[1]).any()):
+        floor, span = state["block_floor"], state["block_span"]
+        empty = floor == 0
+        if bool(((empty != (span == 0)) | (empty != (grid_octaves(span) == 0))).any()):
             yield (
                 f"{label}: block_floor and block_span are not 0 in the same blocks; accepted: both 0 in a block that "
                 "never had a gradient, neither in others"

@@ -90,7 +90,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "large L2": {"weight_decay": 1e30, "decoupled": False},
     "betas 0": {"betas": (0.0, 0.0)},
     "slow betas": {"betas": (1 - 2**-53, 1 - 2**-53)},
-    "fast second moment": {"betas": (0.95, 0.1)},
+    **{f"betas {betas}": {"betas": betas} for betas in ((0.95, 0.1), (0.9, 0.9999), (0.0, 0.999))},  # wide ratios
     **{
         f"gradients times {factor!r}, {mode}": {"grad_scale": factor, "nonfinite": mode}
         for mode, factors in {
@@ -235,7 +235,8 @@ def random_moments(layout: Layout, moments: str, *key: int) -> Moments:
         made.exp_avg_code.random_(-127, 128, generator=drawn)
         made.exp_avg_sq_code.random_(0, 256, generator=drawn)
         made.block_floor.random_(90, 125, generator=drawn)
-        made.block_span.random_(1, 25, generator=drawn)
+        octaves = torch.randint(0, 8, made.block_span.shape, generator=generator(*key, 0), dtype=torch.uint8)
+        made.block_span.random_(1, 25, generator=drawn).add_(octaves << 5)
     return made
 
 

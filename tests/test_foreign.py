@@ -120,6 +120,8 @@ def assert_within_coding_error(own: Mapping[str, Tensor], exp_avg: Tensor, exp_a
     floor, span = (own[key].repeat_interleave(128, dim=1)[:, :cols].flatten() for key in ("block_floor", "block_span"))
     root_code, m_code = own["exp_avg_sq_code"].flatten(), own["exp_avg_code"].flatten()
     decoded = codec.decode_root(root_code[:, None], Grid(floor, span))[:, 0]
+    scale = 2.0 ** codec.ratio_octaves(span).double()
+    span = codec.grid_octaves(span)
     root, m = exp_avg_sq.double().sqrt().float().flatten(), exp_avg.double().flatten()
     assert torch.equal(decoded > 0, root > 0)
     # Roots are coded linearly in the bits of the float, in 254 intervals. Coding and decoding both round a number of
@@ -128,8 +130,8 @@ def assert_within_coding_error(own: Mapping[str, Tensor], exp_avg: Tensor, exp_a
     on_grid = root >= torch.exp2(floor.double() - 127)
     assert (bits_off <= span.double() * 2**23 / 254 / 2 + 16)[on_grid & (root > 0)].all()
     assert (root_code == 1)[~on_grid & (root > 0)].all()
-    # y = m / (root + |m|) in steps of 1/143; the codec's reciprocal is exact to 1.1e-6, its products to 2^-24 each.
-    y = m / (root + m.abs()).clamp_min(codec.SMALLEST_NORMAL)
+    # y = m / (2^j root + |m|) in steps of 1/143; the codec's reciprocal is exact to 1.1e-6, its products to 2^-24 each.
+    y = m / (scale * root + m.abs()).clamp_min(codec.SMALLEST_NORMAL)
     code = (y * FORMAT.ratio_scale).clamp(-FORMAT.ratio_limit, FORMAT.ratio_limit)
     assert ((m_code - code).abs() <= 0.5 + FORMAT.ratio_scale * 1.3e-6).all()
 

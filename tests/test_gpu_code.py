@@ -51,6 +51,9 @@ MORE = [
     Kernel(layout="ANY", moments="32bit"),
     Kernel(layout="STRIDED"),
     Kernel(nonfinite="propagate", l2_decay=True),
+    Kernel(wide=True),
+    Kernel(**HALF, wide=True),
+    Kernel(param="float16", grad="float32", master="int8", wide=True),
 ]
 """What is compiled for one."""
 

@@ -102,7 +102,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("32bit", put(FLAT_VECTOR, "exp_avg", -1, torch.inf), "parameter 9: exp_avg has a value inf"),
     ("bnb8bit", put(MATRIX, "absmax2", 1, torch.nan), "parameter 0: absmax2 has a value nan; accepted"),
     ("8bit", group(betas=(0.9, 1.0)), "param group 0: betas is (0.9, 1.0); accepted"),
-    ("8bit", group(format_version=2), "param group 0: format version 2; accepted: 1"),
+    ("8bit", group(format_version=3), "param group 0: format version 3; accepted: 1, 2 "),
     ("8bit", group(moments="4bit"), "param group 0: moments is '4bit'; accepted"),
     ("8bit", lambda saved: saved["param_groups"][0].pop("seed"), "param group 0 has no 'seed'"),
     ("8bit", lambda saved: saved["state"].update({77: {}}), "state of a parameter 77 that is in none"),

@@ -115,7 +115,7 @@ def each_to_own(
 def _each_coded(sources: Mapping[Any, Source], owners: Mapping[Any, Owner]) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     some_coded = any(source.as_they_are is not None for source in sources.values())
     for key, source in sources.items():
-        param, moments, label, master = owners[key]
+        param, moments, label, master, _ = owners[key]
         stays_full = moments == FLAT and some_coded and source.as_they_are is None
         state = coded_state(source, param.shape, moments, label, master, False if stays_full else None)
         saved_state.check_owned(state, owners[key])

@@ -2,8 +2,9 @@
 
 Values are coded to nearest, without dither. A single rounding needs no average over time, half a code is the least
 error there is, and it makes coding the inverse of decoding: values that were decoded from our codes get the same codes
-again. What our format cannot hold errs to smaller steps, as in training: ratios m / sqrt(v) beyond 7.94 saturate, and
-where v is 0 beside an m that is not, as bitsandbytes' map makes it, the element stands still until its next gradient.
+again. Ratio octaves are looked for whatever the betas. What our format cannot hold errs to smaller steps, as in
+training: ratios m / sqrt(v) beyond 1016 saturate, and where v is 0 beside an m that is not, as bitsandbytes' map makes
+it, the element stands still until its next gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lowmem_adam.state import DYNAMIC_KEYS, expected_tensors, moments_of
 SHARED_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam's groups have."""
 
+_OCTAVES = len(codec.FORMAT.ratio_thresholds) + 1
 _ROOT_MIDDLE = 1.5
 _RATIO_MIDDLE = 128.5
 """Thresholds of the codec that round to nearest."""
@@ -156,11 +158,25 @@ def _check_values(exp_avg: Tensor, exp_avg_sq: Tensor, label: str) -> None:
 
 
 def _nearest_codes(exp_avg: Tensor, root: Tensor) -> codec.Codes:
-    """As ``codec.encode``, rounded to nearest, on the grid that the roots are on already if there is one."""
+    """As ``codec.encode``, rounded to nearest, with the grid and ratio octaves that values have already, if they do."""
     grid = recovered_grid(root)
+    octaves = codec.find_ratio_octaves(exp_avg, root)
+    code = _ratio_codes(exp_avg, root, octaves)
+    pending = codec.decode_ratio(code, root, octaves) != exp_avg
+    # A dithered largest ratio may have crossed a threshold: lowered, or lifted to the very last code.
+    natural = octaves.int()
+    for change in (1, -1):
+        rows = (pending.any(dim=1) & (natural + change >= 0) & (natural + change < _OCTAVES)).nonzero().squeeze(1)
+        other = (natural[rows] + change).to(torch.uint8)
+        other_code = _ratio_codes(exp_avg[rows], root[rows], other)
+        same = (codec.decode_ratio(other_code, root[rows], other) == exp_avg[rows]).all(dim=1)
+        octaves[rows[same]], code[rows[same]] = other[same], other_code[same]
+    return codec.Codes(code, _root_codes(root, grid), codec.with_ratio_octaves(grid, octaves))
+
+
+def _ratio_codes(exp_avg: Tensor, root: Tensor, octaves: Tensor) -> Tensor:
     nearest = torch.ones((), dtype=torch.bool, device=root.device)
-    exp_avg_code = codec.encode_ratio(exp_avg, root, torch.full((), _RATIO_MIDDLE, device=root.device), nearest)
-    return codec.Codes(exp_avg_code, _root_codes(root, grid), grid)
+    return codec.encode_ratio(exp_avg, root, torch.full((), _RATIO_MIDDLE, device=root.device), nearest, octaves)
 
 
 def _root_codes(root: Tensor, grid: codec.Grid) -> Tensor:

@@ -27,7 +27,7 @@ from lowmem_adam.kernels.checks import check, merged_dimensions
 from lowmem_adam.kernels.fragment import Batch, CodedMoments, DynamicMoments, Fragment, Work
 from lowmem_adam.kernels.records import RECORD, pack
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_DIMS = 8
 ISAS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets by the numbers that the library has for them."""
@@ -55,8 +55,9 @@ class _Format(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("fragment_bytes", "scalars_bytes", "version", "block_size")),
-        *((name, ctypes.c_int32) for name in ("root_intervals", "max_octaves", "ratio_scale", "ratio_limit")),
-        ("ratio_always_dithered", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("root_intervals", "max_octaves", "octave_bits", "ratio_scale")),
+        *((name, ctypes.c_int32) for name in ("ratio_limit", "ratio_always_dithered")),
+        ("ratio_thresholds", ctypes.c_float * 7),
         ("reciprocal_first", ctypes.c_float),
         ("reciprocal_second", ctypes.c_float),
         ("reciprocal_seed", ctypes.c_uint32),
@@ -158,7 +159,7 @@ def _check_format(compiled: _Format, path: Path) -> None:
     for field in _Format._fields_:
         name = field[0]
         value = getattr(compiled, name)
-        value = tuple(value) if name == "hash_multipliers" else value
+        value = tuple(value) if isinstance(value, ctypes.Array) else value
         wanted = expected[name] if name in expected else getattr(FORMAT, name)
         if value != wanted:
             raise LibraryError(f"{path} was compiled with {name} = {value}; accepted: {wanted} (build it anew)")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
+from lowmem_adam.codec import exceeds
 from lowmem_adam.layout import Layout
 
 
@@ -113,6 +114,8 @@ class StepScalars:
     """Round a 16-bit parameter stochastically rather than to nearest, where it has no ``master``."""
     skip_nonfinite: bool
     """Leave blocks with a non-finite gradient as they are, and count them."""
+    wide: bool
+    """Blocks look for ratio octaves: ``codec.exceeds`` of the betas."""
     step: int
     seed: int
     lr: float
@@ -150,6 +153,7 @@ class StepScalars:
             maximize=maximize,
             stochastic=low_precision_update == "stochastic",
             skip_nonfinite=nonfinite == "skip",
+            wide=exceeds(beta1, beta2),
             step=step,
             seed=seed,
             lr=lr,
@@ -175,6 +179,11 @@ class DeviceSettings:
     def l2_decay(self) -> float:
         """``StepScalars.weight_decay``."""
         return 0.0 if self.decoupled else l2_decay(self.weight_decay)
+
+    @property
+    def wide(self) -> bool:
+        """``StepScalars.wide``."""
+        return exceeds(*self.betas)
 
 
 class DeviceRates(NamedTuple):
@@ -219,7 +228,7 @@ class Batch(Sequence[Work]):
         rows: of every fragment its record.
         kept: a dictionary for backends, the same as long as ``fragments`` and ``rows`` are the same objects, gradients
             look the same (``looks.Look``), and so do the switches in records: whether there is L2 decay,
-            ``stochastic`` and ``skip_nonfinite``.
+            ``stochastic``, ``skip_nonfinite`` and ``wide``.
     """
 
     __slots__ = ("_fragments", "_grads", "addresses", "kept", "records", "rows")

@@ -12,9 +12,9 @@ import torch
 from lowmem_adam.codec import SMALLEST_NORMAL, mix32
 from lowmem_adam.kernels.fragment import StepScalars
 
-RECORD = struct.Struct("9f ii II")
-"""Nine float32, two flags, seed and step: ``struct lowmem_adam_scalars``."""
-_BY_BITS = struct.Struct("9I ii II")
+RECORD = struct.Struct("9f iii II")
+"""Nine float32, three flags, seed and step: ``struct lowmem_adam_scalars``."""
+_BY_BITS = struct.Struct("9I iii II")
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -24,7 +24,7 @@ def pack(s: StepScalars) -> bytes:
     betas = (s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2)
     rates = (s.eps, s.weight_decay, s.shrink, s.step_size, factor)
     values = (*betas, *rates)
-    rest = (s.stochastic, s.skip_nonfinite, mix32(s.seed), s.step & 0xFFFFFFFF)
+    rest = (s.stochastic, s.skip_nonfinite, s.wide, mix32(s.seed), s.step & 0xFFFFFFFF)
     if all(value == 0.0 or SMALLEST_NORMAL <= abs(value) <= _FLOAT32_MAX for value in values):
         return RECORD.pack(*values, *rest)
     return _BY_BITS.pack(*map(_float32_bits, values), *rest)

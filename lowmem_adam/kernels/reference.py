@@ -76,7 +76,9 @@ def adam_step_(fragment: Fragment, scalars: StepScalars) -> Tensor:
         if master is not None and new_rest is not None:
             master.copy_(from_blocks(new_rest, tile))
         if isinstance(fragment.moments, CodedMoments):
-            store_codes(fragment.moments, codec.encode(new_exp_avg, root, dither), keep, tile, low, high, blocks)
+            store_codes(
+                fragment.moments, codec.encode(new_exp_avg, root, dither, scalars.wide), keep, tile, low, high, blocks
+            )
         elif isinstance(fragment.moments, DynamicMoments):
             store_dynamic(fragment.moments, (new_exp_avg, new_exp_avg_sq), keep, tile, low, high, blocks)
         else:

@@ -74,6 +74,7 @@ class Kind(NamedTuple):
     decays_gradient: bool
     stochastic: bool
     skip_nonfinite: bool
+    wide: bool
 
 
 class _Row(NamedTuple):
@@ -97,6 +98,7 @@ class _Seen(NamedTuple):
     decays_gradient: bool
     stochastic: bool
     skip_nonfinite: bool
+    wide: bool
     settings: DeviceSettings | None
     counter: int
     """Where the device counts its steps; 0 where it does not."""
@@ -107,9 +109,9 @@ def _seen(grad: Tensor, scalars: StepScalars | DeviceStep) -> _Seen:
     layout = (grad.dtype, strides, grad.data_ptr() % _ALIGNMENT == 0)
     if isinstance(scalars, StepScalars):
         s = scalars
-        return _Seen(*layout, s.weight_decay != 0.0, s.stochastic, s.skip_nonfinite, None, 0)
+        return _Seen(*layout, s.weight_decay != 0.0, s.stochastic, s.skip_nonfinite, s.wide, None, 0)
     settings = scalars.settings
-    flags = (settings.l2_decay != 0.0, settings.stochastic, settings.skip_nonfinite)
+    flags = (settings.l2_decay != 0.0, settings.stochastic, settings.skip_nonfinite, settings.wide)
     return _Seen(*layout, *flags, settings, scalars.step.data_ptr())
 
 
@@ -218,7 +220,7 @@ class Plan:
         return torch.zeros((), dtype=torch.int64, device=self._device), _written(gradients, self._device), records
 
 
-_LIVE = (1).to_bytes(4, "little") + bytes(8)
+_LIVE = (1).to_bytes(4, "little") + bytes(4)
 """What follows a packed record: that the step is to be taken, and what fills it up."""
 
 
@@ -384,5 +386,6 @@ def _row(fragment: Fragment, seen: _Seen, place: int, span: tuple[int, int], how
         seen.decays_gradient,
         seen.stochastic and master is None and fragment.param.dtype != torch.float32,
         seen.skip_nonfinite,
+        seen.wide and coded,
     )
     return _Row(kind, place, [*addresses, *of_blocks, *dims], elements * seen.grad.itemsize)

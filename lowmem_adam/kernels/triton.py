@@ -31,6 +31,9 @@ LEAST_CAPABILITY = (7, 0)
 MOST_REGISTERS = 168
 """Of a thread, on NVIDIA: 65,536 of a multiprocessor, by eights, for six programs of two warps."""
 
+ALL_REGISTERS = 255
+"""Of a thread, on NVIDIA, that there are."""
+
 _MOST_PLANS = 4
 """Descriptions that are kept, of steps in which other parameters have gradients."""
 
@@ -143,9 +146,14 @@ def _is_nvidia(device: torch.device) -> bool:
 
 
 def _register_options(kind: Kind, device: torch.device) -> dict[str, int]:
-    """Unasked, NVIDIA's assembler spills some kernels with fp32 moments to get down to 128 registers."""
-    told = _is_nvidia(device) and not kind.coded and kind.layout == step_code().WHOLE.value
-    return {"maxnreg": MOST_REGISTERS} if told else {}
+    """Unasked, NVIDIA's assembler spills some kernels to get down to 128 registers, or takes too many."""
+    code = step_code()
+    if not _is_nvidia(device):
+        return {}
+    if kind.layout == code.WHOLE.value:
+        return {"maxnreg": MOST_REGISTERS} if not kind.coded or kind.wide else {}
+    loose = kind.layout in (code.ANY.value, code.STRIDED.value)
+    return {"maxnreg": ALL_REGISTERS} if kind.coded and loose else {}
 
 
 def _plan_of(work: Sequence[AnyWork], device: torch.device) -> Plan:

@@ -27,14 +27,17 @@ LOWMEM_ADAM_INLINE Quad<V> reciprocal(const Quad<V> &x) {
 // The grid of one block: bits of its floor. A block of zeros counts as one octave from 2^-126 on.
 constexpr int32_t floor_bits(int floor) { return (floor > 0 ? floor : 1) << kMantissaBits; }
 
-// And what follows from its octaves alone. From a table, as roots wait for it: encoding would divide once a block.
+// And what follows from its byte of octaves alone. From a table, as roots wait for it: encoding would divide once a block.
 struct Spans {
-    int32_t bits_per_code[256];  // a span is a byte, whatever is loaded
+    int32_t bits_per_code[256];
     float codes_per_bit[256];
-    constexpr Spans() : bits_per_code(), codes_per_bit() {
+    float ratio_scale[256];  // 2 to the power of the ratio octaves
+    constexpr Spans() : bits_per_code(), codes_per_bit(), ratio_scale() {
         for (int span = 0; span < 256; ++span) {
-            bits_per_code[span] = ((span > 0 ? span : 1) << kMantissaBits) / kFormat.root_intervals;
+            const int octaves = span % (1 << kFormat.octave_bits);
+            bits_per_code[span] = ((octaves > 0 ? octaves : 1) << kMantissaBits) / kFormat.root_intervals;
             codes_per_bit[span] = 1.0f / static_cast<float>(bits_per_code[span]);
+            ratio_scale[span] = static_cast<float>(1 << (span >> kFormat.octave_bits));
         }
     }
 };
@@ -76,7 +79,11 @@ class MomentsPass {
    public:
     LOWMEM_ADAM_INLINE MomentsPass(const Hyper<V> &h, const BlockData<P, G, rounding> &block, Between &between)
         : h_(h), block_(block), between_(between), highest_(V::seti(0)), lowest_(V::seti(-1)) {
-        const int32_t per_code = kSpans.bits_per_code[*block.span];
+        const int span = *block.span;
+        const int32_t per_code = kSpans.bits_per_code[span];
+        const F scale = V::set(kSpans.ratio_scale[span]);
+        // First moments are to be multiplied by a power of two. Their factor may be instead: neither product rounds.
+        scale_ = path == Path::careful ? scale : V::mul(scale, h.beta1);
         per_code_ = V::seti(per_code);
         base_ = V::seti(floor_bits(*block.floor) - per_code);
     }
@@ -99,7 +106,10 @@ class MomentsPass {
             weight = load_weight<V, rounding>(P{}, block_.param, block_.master, i);
         }
         four(EACH { grad.v[u] = widen<V>(G{}, block_.grad + i + u * V::kLanes); });
-        step_moments<V, path>(h_, weight, grad, exp_avg, exp_avg_sq, root);
+        if (path == Path::careful) {  // but where it is infinite
+            four(EACH { exp_avg.v[u] = V::mul(exp_avg.v[u], scale_); });
+        }
+        step_moments<V, path>(h_, path == Path::careful ? h_.beta1 : scale_, weight, grad, exp_avg, exp_avg_sq, root);
         four(EACH { V::store(between_.exp_avg + i + u * V::kLanes, exp_avg.v[u]); });
         four(EACH { V::store(between_.root + i + u * V::kLanes, root.v[u]); });
         four(EACH { highest_ = V::max_unsigned(highest_, V::float_to_bits(root.v[u])); });
@@ -116,6 +126,7 @@ class MomentsPass {
     const BlockData<P, G, rounding> block_;
     Between &between_;
     I per_code_, base_, highest_, lowest_;
+    F scale_;
 };
 
 // The grid of a block's new roots, and what is special about them.
@@ -177,19 +188,72 @@ const float *positive_roots(Between &between, int count) {
     return between.ratio;
 }
 
+// Codes of the first moments before their rounding.
+template <class V>
+LOWMEM_ADAM_INLINE void companded(const float *exp_avgs, const float *roots, int i, Quad<V> &exp_avg, Quad<V> &ratio) {
+    const typename V::F scale = V::set(static_cast<float>(kFormat.ratio_scale));
+    four(EACH { exp_avg.v[u] = V::load(exp_avgs + i + u * V::kLanes); });
+    four(EACH { ratio.v[u] = V::add(V::load(roots + i + u * V::kLanes), V::abs(exp_avg.v[u])); });
+    ratio = reciprocal(ratio);
+    four(EACH { ratio.v[u] = V::mul(V::mul(exp_avg.v[u], ratio.v[u]), scale); });
+}
+
+// The ratio octaves of a block, which are put into its byte: codec.find_ratio_octaves. What is not to count has a root
+// of zero; the others lie far above 2^-126.
+template <class V>
+__attribute__((noinline)) void find_ratio_octaves(const Between &between, int count, uint8_t *span) {
+    using F = typename V::F;
+    const F zero = V::set(0.0f), infinity = V::set(__builtin_inff());
+    // In most blocks of most steps no ratio comes near the first threshold, 127/16: no rounding takes 7.93 there.
+    typename V::I beyond = V::seti(0);
+    for (int i = 0; i < count; i += 4 * V::kLanes) {
+        four(EACH {
+            const F size = V::abs(V::load(between.exp_avg + i + u * V::kLanes));
+            const F held = V::mul(V::load(between.root + i + u * V::kLanes), V::set(7.93f));
+            const F excess = V::max(V::sub(size, held), zero);
+            beyond = V::max_unsigned(beyond, V::float_to_bits(excess));
+        });
+    }
+    if (V::reduce_max_unsigned(beyond) == 0) return;
+    typename V::I largest = V::seti(0);
+    for (int i = 0; i < count; i += 4 * V::kLanes) {
+        Quad<V> exp_avg, ratio;
+        companded<V>(between.exp_avg, between.root, i, exp_avg, ratio);
+        four(EACH {
+            const F finite = V::select(V::greater(infinity, V::abs(exp_avg.v[u])), V::abs(ratio.v[u]), zero);
+            ratio.v[u] = V::select(V::equal(V::load(between.root + i + u * V::kLanes), zero), zero, finite);
+        });
+        four(EACH { largest = V::max_unsigned(largest, V::float_to_bits(ratio.v[u])); });
+    }
+    const float code = float_of_bits(V::reduce_max_unsigned(largest));
+    int octaves = 0;
+    for (const float threshold : kFormat.ratio_thresholds) octaves += code > threshold;
+    *span = static_cast<uint8_t>(*span | octaves << kFormat.octave_bits);
+}
+
+// What ratios with ratio octaves refer to: roots times a power of two.
+template <class V>
+const float *scaled_roots(Between &between, const float *roots, int count, uint8_t span) {
+    const typename V::F scale = V::set(kSpans.ratio_scale[span]);
+    for (int i = 0; i < count; i += V::kLanes) V::store(between.ratio + i, V::mul(V::load(roots + i), scale));
+    return between.ratio;
+}
+
+template <class V>
+__attribute__((noinline)) const float *wide_roots(Between &between, const float *roots, int count, uint8_t *span) {
+    find_ratio_octaves<V>(between, count, span);
+    return *span >> kFormat.octave_bits ? scaled_roots<V>(between, roots, count, *span) : roots;
+}
+
 // Codes the first moment: codec.encode_ratio.
 template <class V>
 LOWMEM_ADAM_INLINE void encode_ratio(const float *exp_avgs, const float *roots, uint32_t moment_word, bool nearest,
                                      int8_t *ratio_code, int i) {
     using F = typename V::F;
-    const F scale = V::set(static_cast<float>(kFormat.ratio_scale));
     const F limit = V::set(static_cast<float>(kFormat.ratio_always_dithered));
     Quad<V> exp_avg, ratio;
     typename V::I codes[4];
-    four(EACH { exp_avg.v[u] = V::load(exp_avgs + i + u * V::kLanes); });
-    four(EACH { ratio.v[u] = V::add(V::load(roots + i + u * V::kLanes), V::abs(exp_avg.v[u])); });
-    ratio = reciprocal(ratio);
-    four(EACH { ratio.v[u] = V::mul(V::mul(exp_avg.v[u], ratio.v[u]), scale); });
+    companded<V>(exp_avgs, roots, i, exp_avg, ratio);
     four(EACH {
         codes[u] = V::addi(V::loadi(kMomentLanes.words + i + u * V::kLanes),
                            V::seti(static_cast<int32_t>(moment_word)));
@@ -301,6 +365,7 @@ LOWMEM_ADAM_INLINE bool coded_block(const Hyper<V> &h, const BlockData<P, G, rou
     current.root_code = static_cast<uint8_t *>(block.exp_avg_sq);
 
     const float *roots = current.grid.zeros ? positive_roots<V>(between, block.count) : between.root;
+    if (h.wide) roots = wide_roots<V>(between, roots, block.count, block.span);
     for (int i = 0; i < block.count; i += kQuad) {
         weight_quad<V, P, path, rounding>(h, block.param, block.master, between, dither.update, i);
         encode_ratio<V>(between.exp_avg, roots, dither.moment, dither.nearest, ratio_code, i);
@@ -332,6 +397,7 @@ void careful_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, co
         if (!counted[i]) between.root[i] = 0.0f;
     }
     pending.grid = choose_grid_with_zeros<V>(between, block.count, block.floor, block.span);
+    if (h.wide) find_ratio_octaves<V>(between, block.count, block.span);
     for (int i = 0; i < block.count; ++i) {
         if (!counted[i]) between.root[i] = kLargestRoot;
     }
@@ -341,6 +407,7 @@ void careful_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block, co
         V::store(between.exp_avg + i, V::max(V::min(exp_avg, V::set(kLargestMoment)), V::set(-kLargestMoment)));
     }
     const float *roots = positive_roots<V>(between, block.count);
+    roots = scaled_roots<V>(between, roots, block.count, *block.span);
     for (int i = 0; i < block.count; i += kQuad) {
         encode_ratio<V>(between.exp_avg, roots, dither.moment, dither.nearest, ratio_code, i);
     }

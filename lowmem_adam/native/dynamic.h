@@ -96,7 +96,7 @@ LOWMEM_ADAM_INLINE void step_dynamic_moments(const Hyper<V> &h, const BlockData<
             weight = load_weight<V, rounding>(P{}, block.param, block.master, i);
         }
         four(EACH { grad.v[u] = widen<V>(G{}, block.grad + i + u * V::kLanes); });
-        step_moments<V, path>(h, weight, grad, exp_avg, exp_avg_sq, root);
+        step_moments<V, path>(h, h.beta1, weight, grad, exp_avg, exp_avg_sq, root);
         four(EACH { V::store(stepped.exp_avg + i + u * V::kLanes, exp_avg.v[u]); });
         four(EACH { V::store(stepped.exp_avg_sq + i + u * V::kLanes, exp_avg_sq.v[u]); });
         four(EACH { V::store(stepped.root + i + u * V::kLanes, root.v[u]); });

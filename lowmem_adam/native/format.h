@@ -15,13 +15,16 @@ constexpr int kFlatBlockSize = 256;  // of bitsandbytes' format, and of all mome
 constexpr struct lowmem_adam_format kFormat = {
     /*fragment_bytes*/ sizeof(struct lowmem_adam_fragment),
     /*scalars_bytes*/ sizeof(struct lowmem_adam_scalars),
-    /*version*/ 1,
+    /*version*/ 2,
     /*block_size*/ kBlockSize,
     /*root_intervals*/ 254,
     /*max_octaves*/ 24,
+    /*octave_bits*/ 5,
     /*ratio_scale*/ 143,
     /*ratio_limit*/ 127,
     /*ratio_always_dithered*/ 96,
+    /*ratio_thresholds*/
+    {0x1.fcp+6f, 0x1.0d0d46p+7f, 0x1.154466p+7f, 0x1.1990dep+7f, 0x1.1bc4p+7f, 0x1.1ce0ep+7f, 0x1.1d7028p+7f},
     /*reciprocal_first*/ 0x1.002a9ap1f,
     /*reciprocal_second*/ 0x1.000008p1f,
     /*reciprocal_seed*/ 0x7EF32400u,

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LOWMEM_ADAM_ABI_VERSION 3
+#define LOWMEM_ADAM_ABI_VERSION 4
 
 /* The most dimensions of a tensor that is not contiguous, after neighbours that run on in memory were merged. */
 #define LOWMEM_ADAM_MAX_DIMS 8
@@ -100,6 +100,7 @@ struct lowmem_adam_scalars {
     float grad_scale; /* negative to ascend */
     int32_t stochastic; /* where there is no master */
     int32_t skip_nonfinite;
+    int32_t wide;       /* whether blocks look for ratio octaves */
     uint32_t seed_hash; /* mix32(seed) */
     uint32_t step;      /* modulo 2^32: all that the dither depends on */
 };
@@ -113,9 +114,11 @@ struct lowmem_adam_format {
     int32_t block_size;
     int32_t root_intervals;
     int32_t max_octaves;
+    int32_t octave_bits;
     int32_t ratio_scale;
     int32_t ratio_limit;
     int32_t ratio_always_dithered;
+    float ratio_thresholds[7];
     float reciprocal_first;
     float reciprocal_second;
     uint32_t reciprocal_seed;

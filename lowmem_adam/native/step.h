@@ -19,12 +19,13 @@ struct Hyper {
     using F = typename V::F;
     F beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, shrink, step_size, grad_scale;
     bool decays_gradient;
+    bool wide;
 
     explicit Hyper(const lowmem_adam_scalars &s)
         : beta1(V::set(s.beta1)), one_minus_beta1(V::set(s.one_minus_beta1)), beta2(V::set(s.beta2)),
           one_minus_beta2(V::set(s.one_minus_beta2)), eps(V::set(s.eps)), weight_decay(V::set(s.weight_decay)),
           shrink(V::set(s.shrink)), step_size(V::set(s.step_size)), grad_scale(V::set(s.grad_scale)),
-          decays_gradient(s.weight_decay != 0.0f) {}
+          decays_gradient(s.weight_decay != 0.0f), wide(s.wide != 0) {}
 };
 
 // The elements of a block: `count` of them, a multiple of four vectors; those beyond the block's own are zeros.
@@ -56,10 +57,11 @@ struct BlockDither {
     }
 };
 
-// New moments and root; the gradient is read with the weight because L2 decay adds to it.
+// New moments and root; the gradient is read with the weight because L2 decay adds to it. `beta1` is h.beta1, times what
+// the old first moment is still to be multiplied by.
 template <class V, Path path>
-LOWMEM_ADAM_INLINE void step_moments(const Hyper<V> &h, const Quad<V> &weight, Quad<V> &grad, Quad<V> &exp_avg,
-                                     Quad<V> &exp_avg_sq, Quad<V> &root) {
+LOWMEM_ADAM_INLINE void step_moments(const Hyper<V> &h, const typename V::F &beta1, const Quad<V> &weight,
+                                     Quad<V> &grad, Quad<V> &exp_avg, Quad<V> &exp_avg_sq, Quad<V> &root) {
     if (path != Path::plain) four(EACH { grad.v[u] = V::mul(grad.v[u], h.grad_scale); });
     if (path != Path::plain && h.decays_gradient) {
         four(EACH { grad.v[u] = V::add(grad.v[u], V::mul(weight.v[u], h.weight_decay)); });
@@ -70,7 +72,7 @@ LOWMEM_ADAM_INLINE void step_moments(const Hyper<V> &h, const Quad<V> &weight, Q
     });
     four(EACH { root.v[u] = V::sqrt(exp_avg_sq.v[u]); });
     four(EACH {
-        exp_avg.v[u] = V::add(V::mul(exp_avg.v[u], h.beta1), V::mul(grad.v[u], h.one_minus_beta1));
+        exp_avg.v[u] = V::add(V::mul(exp_avg.v[u], beta1), V::mul(grad.v[u], h.one_minus_beta1));
     });
 }
 
@@ -97,7 +99,7 @@ inline void full_block(const Hyper<V> &h, const BlockData<P, G, rounding> &block
         four(EACH { grad.v[u] = widen<V>(G{}, block.grad + i + u * V::kLanes); });
         four(EACH { exp_avg.v[u] = V::load(exp_avgs + i + u * V::kLanes); });
         four(EACH { exp_avg_sq.v[u] = V::load(exp_avg_sqs + i + u * V::kLanes); });
-        step_moments<V, path>(h, weight, grad, exp_avg, exp_avg_sq, root);
+        step_moments<V, path>(h, h.beta1, weight, grad, exp_avg, exp_avg_sq, root);
         step_weight<V, path>(h, weight, exp_avg, root);
         four(EACH { V::store(exp_avgs + i + u * V::kLanes, exp_avg.v[u]); });
         four(EACH { V::store(exp_avg_sqs + i + u * V::kLanes, exp_avg_sq.v[u]); });

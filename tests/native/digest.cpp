@@ -82,6 +82,7 @@ lowmem_adam_scalars variant(int number, Random &random) {
     s.eps = eps == 0 ? 1e-8f : eps == 1 ? 0.0f : 1e-40f;  // the last is subnormal
     s.stochastic = choose(2);
     s.skip_nonfinite = choose(2);
+    s.wide = random.word() % 2;
     s.step_size = random.word() % 2 ? 0.02f : 0.3f;
     s.seed_hash = random.word();
     s.step = random.between(1, 1000);
@@ -149,7 +150,8 @@ void fill_state(Case &c, const std::vector<Values> &weights, const std::vector<V
             span = floor ? random.between(1, 24) : 0;
         } while (!valid_grid(floor, span));
         c.floor[b] = static_cast<uint8_t>(floor);
-        c.span[b] = static_cast<uint8_t>(span);
+        // Every second has the ratio octaves of a training with other betas.
+        c.span[b] = static_cast<uint8_t>(span | (floor && random.word() % 2 ? random.between(0, 7) << 5 : 0));
     }
 }
 

@@ -16,9 +16,18 @@ from lowmem_adam.kernels.gpu.exact import bits_of, divide_integers, float_of
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 MANTISSA_BITS: tl.constexpr = tl.constexpr(FORMAT.mantissa_bits)
+OCTAVE_BITS: tl.constexpr = tl.constexpr(FORMAT.octave_bits)
 
 _INTERVALS: tl.constexpr = tl.constexpr(FORMAT.root_intervals)
 _MAX_OCTAVES: tl.constexpr = tl.constexpr(FORMAT.max_octaves)
+_OCTAVES: tl.constexpr = tl.constexpr((1 << FORMAT.octave_bits) - 1)
+_BEYOND_0: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[0])
+_BEYOND_1: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[1])
+_BEYOND_2: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[2])
+_BEYOND_3: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[3])
+_BEYOND_4: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[4])
+_BEYOND_5: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[5])
+_BEYOND_6: tl.constexpr = tl.constexpr(FORMAT.ratio_thresholds[6])
 _RATIO_SCALE: tl.constexpr = tl.constexpr(float(FORMAT.ratio_scale))
 _RATIO_LIMIT: tl.constexpr = tl.constexpr(float(FORMAT.ratio_limit))
 _ALWAYS_DITHERED: tl.constexpr = tl.constexpr(float(FORMAT.ratio_always_dithered))
@@ -76,18 +85,25 @@ def update_words(key, lane, step):
 
 
 @triton.jit
+def power_of_two(octaves):
+    """2 to the power of ratio octaves, int32; float32."""
+    return float_of((octaves + 127) << MANTISSA_BITS)
+
+
+@triton.jit
 def _grid_bits(floor, span):
-    """As ``codec._grid_bits``; int32."""
+    """As ``codec._grid_bits``; int32, ``span`` of octaves alone."""
     return tl.maximum(floor, 1) << MANTISSA_BITS, (tl.maximum(span, 1) << MANTISSA_BITS) // _INTERVALS
 
 
 @triton.jit
 def decode(exp_avg_code, root_code, floor, span, FAST: tl.constexpr):
     """First moments and roots, float32; codes and metadata are int32."""
-    floor_bits, per_code = _grid_bits(floor, span)
+    floor_bits, per_code = _grid_bits(floor, span & _OCTAVES)
     root = float_of(tl.where(root_code > 0, root_code * per_code + (floor_bits - per_code), 0))
     ratio = exp_avg_code.to(tl.float32)
-    return divide_integers(ratio, -(tl.abs(ratio) - _RATIO_SCALE), FAST) * root, root
+    exp_avg = divide_integers(ratio, -(tl.abs(ratio) - _RATIO_SCALE), FAST) * root
+    return exp_avg * power_of_two(span >> OCTAVE_BITS), root
 
 
 # ---------------------------------------------------------------- encode
@@ -138,10 +154,30 @@ def finite_moments(exp_avg, root):
 
 
 @triton.jit
-def encode_ratio(exp_avg, root, words, nearest):
-    """Codes of finite first moments, int32; ``nearest`` tells of each block whether small ratios are rounded so."""
-    total = tl.abs(exp_avg) + tl.maximum(root, _SMALLEST_NORMAL)
-    code = (exp_avg * _reciprocal(total)) * _RATIO_SCALE
+def _companded(exp_avg, reference):
+    return (exp_avg * _reciprocal(tl.abs(exp_avg) + reference)) * _RATIO_SCALE
+
+
+@triton.jit
+def ratio_octaves(exp_avg, root):
+    """Of each block the ratio octaves of any moments and roots, int32: ``codec.find_ratio_octaves``."""
+    counts = (root > 0.0) & (bits_of(root) < INFINITY) & ((bits_of(exp_avg) & MAGNITUDE) < INFINITY)
+    code = tl.abs(_companded(tl.where(counts, exp_avg, 0.0), tl.where(counts, root, 1.0)))
+    largest = tl.max(code, axis=1, keep_dims=True)
+    octaves = (largest > _BEYOND_0).to(tl.int32) + (largest > _BEYOND_1).to(tl.int32)
+    octaves += (largest > _BEYOND_2).to(tl.int32) + (largest > _BEYOND_3).to(tl.int32)
+    octaves += (largest > _BEYOND_4).to(tl.int32) + (largest > _BEYOND_5).to(tl.int32)
+    return octaves + (largest > _BEYOND_6).to(tl.int32)
+
+
+@triton.jit
+def encode_ratio(exp_avg, root, scale, words, nearest, SCALED: tl.constexpr):
+    """Codes of finite first moments, int32, with 2 to the power of ratio octaves where they are scaled at all.
+
+    ``nearest`` tells of each block whether small ratios are rounded so.
+    """
+    reference = tl.maximum(root, _SMALLEST_NORMAL)
+    code = _companded(exp_avg, reference * scale if SCALED else reference)
     threshold = float_of(((words & 0xFFFF) ^ 0x43008000).to(tl.int32))
     dithered = (tl.abs(code) > _ALWAYS_DITHERED) | (nearest == 0)
     code = tl.floor(tl.where(dithered, threshold, 128.5) + code) - 128.0

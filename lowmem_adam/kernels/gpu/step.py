@@ -13,6 +13,7 @@ from lowmem_adam.kernels.gpu.exact import are_usual, bits_of, divide, float_of, 
 from lowmem_adam.kernels.gpu.format import (
     INFINITY,
     MAGNITUDE,
+    OCTAVE_BITS,
     block_grid,
     block_key,
     decode,
@@ -21,6 +22,8 @@ from lowmem_adam.kernels.gpu.format import (
     extremes,
     finite_moments,
     moment_words,
+    power_of_two,
+    ratio_octaves,
     update_words,
 )
 from lowmem_adam.kernels.gpu.weights import (
@@ -61,7 +64,7 @@ GRAD_DIMS = PARAM_DIMS + 2 * MAX_DIMS
 FRAGMENT_WORDS = GRAD_DIMS + 2 * MAX_DIMS
 
 # Words of a record: nine float32, as records.pack has them, then 32-bit integers.
-SEED_HASH, STEP, LIVE = 11, 12, 13
+SEED_HASH, STEP, LIVE = 12, 13, 14
 RECORD_WORDS = 16
 
 _BLOCK_SIZE: tl.constexpr = tl.constexpr(BLOCK_SIZE)
@@ -121,6 +124,7 @@ def adam_step_kernel(
     DECAYS_GRADIENT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
+    WIDE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One Adam step on blocks of a fragment, in place."""
@@ -251,7 +255,12 @@ def adam_step_kernel(
         dither = moment_words(key, lanes, step)
         nearest = ((block.to(tl.uint32) ^ step) & 1) == 0
         root_code = encode_root(root_bits, floor, span, dither)
-        code = encode_ratio(finite_exp_avg, finite_root, dither, nearest)
+        scale = 1.0
+        if WIDE:
+            octaves = ratio_octaves(exp_avg, root)
+            span += octaves << OCTAVE_BITS
+            scale = power_of_two(octaves)
+        code = encode_ratio(finite_exp_avg, finite_root, scale, dither, nearest, WIDE)
         tl.store(roots + at, root_code.to(tl.uint8), mask=write)
         tl.store(codes + at, code.to(tl.int8), mask=write)
         tl.store(floors, floor.to(tl.uint8), mask=keep)
