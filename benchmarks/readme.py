@@ -292,7 +292,7 @@ def closing(read: Results) -> str:
     return (
         f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures "
         "all of it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); "
-        "[docs/benchmarks.md](docs/benchmarks.md) says how, where other formats do better, and which targets are missed."
+        "[docs/benchmarks.md](docs/benchmarks.md) says how, where others do better, and which targets are missed."
     )
 
 
