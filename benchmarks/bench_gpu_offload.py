@@ -25,7 +25,8 @@ from torch.nn import Parameter
 from benchmarks import harness
 from benchmarks.bench_gpu import card
 from benchmarks.bench_step_time import native
-from benchmarks.step_contestants import SETTINGS, Shape, count, gpt2_shapes, make_params
+from benchmarks.memory_probe import filled_params
+from benchmarks.step_contestants import SETTINGS, Shape, count, gpt2_shapes
 from lowmem_adam import AdamW8bit, step_in_backward
 from tests.cases import assert_same_bits
 
@@ -60,7 +61,7 @@ QUICK = Size(2, 128, 512, 3, 16 * MIB, 2, 64, 2, 32)
 def on_device(shapes: list[Shape], dtype: torch.dtype) -> list[Parameter]:
     """Parameters with gradients that stay as they are, none of them zero."""
     made = []
-    for host in make_params(shapes, dtype):
+    for host in filled_params(shapes, dtype):
         assert host.grad is not None
         made.append(Parameter(host.detach().cuda()))
         made[-1].grad = host.grad.cuda()
@@ -70,7 +71,7 @@ def on_device(shapes: list[Shape], dtype: torch.dtype) -> list[Parameter]:
 def validate(dtype: torch.dtype, **settings: Any) -> None:
     """Refuse to time what does not give the bits of a step on the host."""
     shapes = [(300, 512), (64, 100), (70,)]
-    there, here = on_device(shapes, dtype), make_params(shapes, dtype)
+    there, here = on_device(shapes, dtype), filled_params(shapes, dtype)
     opts = AdamW8bit(there, **SETTINGS, bucket_cap_mb=0.1, **settings), AdamW8bit(here, **SETTINGS, **settings)
     for opt in opts:
         for _ in range(VALIDATION_STEPS):
@@ -110,7 +111,7 @@ def entrants(dtype: torch.dtype) -> dict[str, Callable[[list[Parameter]], torch.
 
 def host_seconds(shapes: list[Shape], dtype: torch.dtype, rounds: int, **settings: Any) -> float:
     """The same step of parameters that are on the host already: nothing is copied."""
-    opt = AdamW8bit(make_params(shapes, dtype), **SETTINGS, offload="cpu", **settings)
+    opt = AdamW8bit(filled_params(shapes, dtype), **SETTINGS, offload="cpu", **settings)
     opt.step()
     times = []
     for _ in range(rounds):
@@ -265,12 +266,13 @@ def main(
         raise typer.BadParameter("there is no CUDA device here; bench_offload measures on a simulated one")
     size = QUICK if quick else Size()
     data: dict[str, Any] = {"quick": quick, "card": card(torch.device("cuda")), "native": native()}
-    data["training"] = measure_training(size)
     data["steps"] = []
-    for name in DTYPES:
-        data["steps"].append(measure_steps(name, size))
-        gc.collect()
-        torch.cuda.empty_cache()
+    data["training"] = measure_training(size)
+    for name in (None, *DTYPES):  # written after every part: a run that is ended keeps what it has measured
+        if name is not None:
+            data["steps"].append(measure_steps(name, size))
+            gc.collect()
+            torch.cuda.empty_cache()
         found = tables(data)
         name_of = "Offload on a GPU" + (" (quick run, not to be quoted)" if quick else "")
         head = f"# {name_of}\n\n{data['card']['device']}, {torch.get_num_threads()} host threads."

@@ -183,7 +183,8 @@ def main(
         "quick": quick,
         **measure(min(steps, 60) if quick else steps, seeds, peers, workers, shape, device, hours * 3600),
     }
-    title = f"A long run: {steps} steps, {seeds} paired seeds" + (" (quick run, not to be quoted)" if quick else "")
+    taken = max(row["steps"] for row in data["summary"])
+    title = f"A long run: {taken} steps, {seeds} paired seeds" + (" (quick run, not to be quoted)" if quick else "")
     rows = rows_of(data["summary"])
     harness.print_table(title, HEADER, rows)
     criterion = "\n".join(line.strip() for line in (__doc__ or "").split("Criterion. ")[1].splitlines())

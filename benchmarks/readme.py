@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 MIB = 1 << 20
 LARGE = "100000000"
+LOST = 10
+"""So many times the baseline's loss is no training any more."""
 TASK_NAMES = {
     "bytes": "byte-level Llama",
     "words": "word-level model",
@@ -52,6 +55,11 @@ def reader(folder: Path) -> Results:
         return data
 
     return read
+
+
+def names() -> list[str]:
+    """Of all results that the section quotes."""
+    return sorted(set(re.findall(r'read\("(\w+)"\)', Path(__file__).read_text())))
 
 
 def figure(value: float, digits: int = 2) -> str:
@@ -171,14 +179,14 @@ def parity(read: Results) -> str:
         verdict = found["verdicts"][PARITY_OURS]
         low, high = verdict["interval"]
         baseline = [run["final"] for run in found["runs"][BASELINE]]
-        control = found["verdicts"][CONTROL]
+        mean, control = sum(baseline) / len(baseline), found["verdicts"][CONTROL]
         rows.append(
             [
                 TASK_NAMES[task],
-                figure(sum(baseline) / len(baseline), 4),
+                figure(mean, 4),
                 f"{verdict['mean_difference']:+.4f} ({low:+.4f} to {high:+.4f})",
                 f"{verdict['seed_spread']:.4f}",
-                figure(_number(control["mean_difference"])),
+                "diverges" if _number(control["mean_difference"]) > LOST * mean else figure(control["mean_difference"]),
             ]
         )
     header = ["final validation loss", "float32 AdamW", "`AdamW8bit`, difference (95% interval)"]
@@ -249,21 +257,6 @@ def on_a_gpu(read: Results) -> str:
     return table([*header, "kernels alone", "others"], rows)
 
 
-def offloaded(read: Results) -> str:
-    data = read("gpu_offload")
-    rows = []
-    for row in data["training"]:
-        name = row["name"].replace("lowmem-adam", "`AdamW8bit`")
-        rows.append([name, f"{row['peak_mib']:,.0f}", f"{row['seconds'] * 1e3:.0f}"])
-    numel = data["training"][0]["numel"] / 1e6
-    header = [
-        f"training a GPT-2 of {numel:.0f} million bf16 parameters on {data['card']['device']}",
-        "peak, MiB",
-        "ms a step",
-    ]
-    return table(header, rows)
-
-
 def python_time(read: Results) -> str:
     rows = {(row["name"], row["tensors"]): row["us_a_tensor"] for row in read("host_time")["rows"]}
     few = min(tensors for _, tensors in rows)
@@ -291,7 +284,7 @@ def quickstart(read: Results) -> str:
 def closing(read: Results) -> str:
     return (
         f"Measured on {machine(read('step_time'))}, where no GPU is named. `python -m benchmarks.run_all` measures "
-        "all of it anew but the figures of GPUs (`bench_gpu`, `bench_gpu_offload`); "
+        "all of it anew but the figures of GPUs (`bench_gpu`); "
         "[docs/benchmarks.md](docs/benchmarks.md) says how, where others do better, and which targets are missed."
     )
 
@@ -313,7 +306,6 @@ def section(read: Results) -> str:
         steps(read),
         python_time(read),
         on_a_gpu(read),
-        offloaded(read),
         closing(read),
     ]
     return "\n\n".join(parts)

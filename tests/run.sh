@@ -28,7 +28,8 @@ stage "${tests[@]}" "$@"
 # reference itself, nor the parity of trainings and of free runs, as the reference takes the same bits (test_cpu_kernel.py).
 again=()
 for name in package environment native_isas configs multi_node foreign foreign_refusals checkpoint bench_low_precision \
-    bench_sharding bench_offload bench_deepspeed bench_gpu bench_host_time bench_growth bench_memory \
+    bench_sharding bench_long_run bench_offload bench_deepspeed bench_gpu bench_host_time bench_growth bench_memory \
+    readme_figures run_all migration \
     deepspeed_config deepspeed_example deepspeed_universal trainer trainer_deepspeed trainer_examples sft \
     plan plan_measured plan_models convert verify command_line completion workflows gpu gpu_exact gpu_code gpu_interpreted \
     interpreted_optimizer triton compile compile_operator \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ for package in ("typer", "rich", "numpy"):
 
 from benchmarks import harness, readme  # noqa: E402
 
-NAMES = sorted(set(re.findall(r'read\("(\w+)"\)', Path(readme.__file__).read_text())))
+NAMES = readme.names()
 
 
 def test_the_readme_has_the_figures_of_the_results() -> None:
