@@ -109,8 +109,6 @@ MEMORY_ROWS = (
 def memory(read: Results) -> str:
     """State, a step's transient memory, checkpoints, at the main size."""
     data = read("memory")
-    saved = by_label(data["checkpoints"]["rows"])
-    yardstick = saved[f"{FUSED} fp32"]
     rows = []
     for name, label in MEMORY_ROWS:
         found = {row["numel"]: row for row in data["probes"].get(label, ()) if "left_out" not in row}
@@ -120,12 +118,9 @@ def memory(read: Results) -> str:
         n, extra = largest["numel"], largest["peak_extra_bytes"]
         cells = [name, f"{largest['state_bytes'] / n:.3f}"]
         cells += ["" if extra is None else f"{extra / n:.2f}", f"{largest['file_bytes'] / n:.3f}"]
-        file = saved.get(label)
-        for key in ("save_seconds", "load_seconds"):
-            cells.append("" if file is None else figure(file[key] / yardstick[key]))
         cells.append("yes" if largest["weights_only"] and largest["same_bits"] else "no")
         rows.append(cells)
-    header = ["bytes a parameter", "state", "more in a step", "checkpoint", "time to save, of torch's", "to load"]
+    header = ["bytes a parameter", "state", "more in a step", "checkpoint"]
     return table([*header, "`weights_only`, goes on with the same bits"], rows)
 
 
@@ -138,7 +133,7 @@ def sharded(read: Results) -> str:
     return (
         f"Of GPT-2 small on 4 ranks the largest holds {ours['peak_state_per_parameter'] * mib:.0f} MiB of state "
         f"(`ZeroRedundancyOptimizer`: {zero['peak_state_per_parameter'] * mib:.0f}), and a step on {cores} cores takes "
-        f"{figure(ours['ms'] / views['ms'])} of its time; 2 ranks: {_two_ranks(read)}."
+        f"{figure(ours['ms'] / views['ms'], 3)} of its time; 2 ranks: {_two_ranks(read)}."
     )
 
 
@@ -204,7 +199,8 @@ def steps(read: Results) -> str:
     main, sweep = by_label(data["times"]["main"]["times"]), data["times"]["sweep"]
     large, cached = (by_label(sweep[key]["times"]) for key in (LARGE, str(data["cached"])))
     weights = by_label(read("master_weights")["rows"], "name")
-    engine = by_label(read("deepspeed")["rows"], "name")
+    engine = [row for row in read("deepspeed")["rows"] if row["name"] == "AdamW8bit"]
+    sizes = " / ".join(f"{row['parameters'] / 1e6:.0f}" for row in engine)
     ours, ours16 = f"{OURS} fp32", f"{OURS} bf16"
     fused, fused16 = f"{FUSED} fp32", f"{FUSED} bf16"
     peers = [f"{name} fp32" for name in (BITSANDBYTES, TORCHAO, TORCHAO_4BIT)]
@@ -220,19 +216,24 @@ def steps(read: Results) -> str:
         [f"{data['cached']:,} fp32 / bf16, in the caches", both(cached), ""],
         ["bf16 with float32 weights (torch: widened gradients, rounded copies)", figure(weights["split"]["ratio"]), ""],
         ["of `DeepSpeedCPUAdam`'s step, alone", ratio(main, ours, f"{DEEPSPEED} fp32"), ""],
-        ["of `DeepSpeedCPUAdam`'s step, under ZeRO-2 with offload", figure(engine["AdamW8bit"]["ratio"]), ""],
+        [
+            f"of `DeepSpeedCPUAdam`'s step, under ZeRO-2 with offload, {sizes} million",
+            " / ".join(figure(row["ratio"]) for row in engine),
+            "",
+        ],
     ]
     return table(["time of a step on the CPU", "of torch's fused step", "others"], rows)
 
 
 def grows(read: Results) -> str:
     time = read("step_time")["growth"][f"{OURS} fp32"]
-    fitted = time.get("large") or time["all"]
+    fitted = time["all"]
+    low, high = (end * 1e9 for end in fitted["slope_interval"])
     state = read("memory")["growth"][f"{OURS} fp32"]
     return (
         f"Both grow linearly: fitted over 10,000 to 250 million parameters, state takes {state['slope']:.4f} bytes "
-        f"a parameter (exponent {state['exponent']:.4f}) and a step {fitted['slope'] * 1e9:.3f} ns (exponent "
-        f"{fitted['exponent']:.3f})."
+        f"a parameter (exponent {state['exponent']:.4f}) and a step {fitted['slope'] * 1e9:.2f} ns ({low:.2f} to {high:.2f}; "
+        f"exponent {fitted['exponent']:.2f})."
     )
 
 

@@ -147,9 +147,9 @@ def fake_library_source() -> str:
     without a step.
     """
     form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=RECORD.size)
-    for name, *_ in cpu._Format._fields_[2:]:
+    for name, kind in cpu._Format._fields_[2:]:
         value = getattr(FORMAT, name)
-        setattr(form, name, (ctypes.c_uint32 * 2)(*value) if isinstance(value, tuple) else value)
+        setattr(form, name, kind(*value) if isinstance(value, tuple) else value)
     words = struct.unpack(f"{ctypes.sizeof(form) // 4}I", bytes(form))
     maps = [dynamic_map(signed).view(torch.int32).tolist() for signed in (False, True)]
     rows = ", ".join(f"{{{', '.join(f'{word & 0xFFFFFFFF}u' for word in row)}}}" for row in maps)

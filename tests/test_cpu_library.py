@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -100,7 +101,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fake.so"
 
 
-WORDS = [name for name, *_ in cpu._Format._fields_ for _ in range(2 if name == "hash_multipliers" else 1)]
+WORDS = [name for name, kind in cpu._Format._fields_ for _ in range(ctypes.sizeof(kind) // 4)]
 
 
 @pytest.mark.parametrize(

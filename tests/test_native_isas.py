@@ -112,7 +112,13 @@ def repaired(wheel: Path, folder: Path, *options: str) -> Path:
 def smoke(installed: Path) -> subprocess.CompletedProcess[str]:
     """Run what a release's wheels are tried out with."""
     env = {name: value for name, value in os.environ.items() if name != "LOWMEM_ADAM_LIBRARY"}
-    command = [sys.executable, str(TESTS / "wheel_smoke.py")]
+    # An editable install of this repository comes before sys.path: its finder is left out.
+    program = (
+        "import runpy, sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in type(f).__module__]; "
+        f"import lowmem_adam; assert lowmem_adam.__file__.startswith({str(installed)!r}), lowmem_adam.__file__; "
+        f"runpy.run_path({str(TESTS / 'wheel_smoke.py')!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program]
     env["PYTHONPATH"] = str(installed)
     return subprocess.run(command, env=env, cwd=installed, timeout=300, capture_output=True, text=True)
 
