@@ -232,8 +232,8 @@ def grows(read: Results) -> str:
     state = read("memory")["growth"][f"{OURS} fp32"]
     return (
         f"Both grow linearly: fitted over 10,000 to 250 million parameters, state takes {state['slope']:.4f} bytes "
-        f"a parameter (exponent {state['exponent']:.4f}) and a step {fitted['slope'] * 1e9:.2f} ns ({low:.2f} to {high:.2f}; "
-        f"exponent {fitted['exponent']:.2f})."
+        f"a parameter (exponent {state['exponent']:.4f}) and a step {fitted['slope'] * 1e9:.2f} ns "
+        f"({low:.2f} to {high:.2f}; exponent {fitted['exponent']:.2f})."
     )
 
 
