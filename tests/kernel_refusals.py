@@ -147,7 +147,8 @@ def fake_library_source() -> str:
     without a step.
     """
     form = cpu._Format(fragment_bytes=cpu._FRAGMENT.size, scalars_bytes=RECORD.size)
-    for name, kind in cpu._Format._fields_[2:]:
+    for field in cpu._Format._fields_[2:]:
+        name, kind = field[0], field[1]
         value = getattr(FORMAT, name)
         setattr(form, name, kind(*value) if isinstance(value, tuple) else value)
     words = struct.unpack(f"{ctypes.sizeof(form) // 4}I", bytes(form))

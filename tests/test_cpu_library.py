@@ -101,7 +101,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fake.so"
 
 
-WORDS = [name for name, kind in cpu._Format._fields_ for _ in range(ctypes.sizeof(kind) // 4)]
+WORDS = [field[0] for field in cpu._Format._fields_ for _ in range(ctypes.sizeof(field[1]) // 4)]
 
 
 @pytest.mark.parametrize(
