@@ -118,41 +118,13 @@ def rows_of(data: dict[str, Any]) -> list[list[harness.Cell]]:
     return rows
 
 
-def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = data["tasks"]
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.8 * len(tasks), 4.2), layout="constrained", squeeze=False)
-    for axis, (task, found) in zip(axes[0], tasks.items(), strict=True):
-        baseline = [run["final"] for run in found["runs"][BASELINE]]
-        spread = found["verdicts"][OURS]["seed_spread"]
-        axis.axhspan(-spread, spread, alpha=0.2, label="spread between seeds of float32 AdamW")
-        for position, name in enumerate(found["verdicts"]):
-            others = [run["final"] for run in found["runs"][name]]
-            differences = [b - a for a, b in zip(baseline, others, strict=True) if math.isfinite(b)]
-            axis.scatter([position] * len(differences), differences, s=14)
-            if (interval := found["verdicts"][name]["interval"]) is not None:
-                axis.plot([position + 0.15] * 2, interval, color="black", linewidth=1.5)
-        axis.set_yscale("symlog", linthresh=max(spread, 1e-6) * 2)
-        names = list(found["verdicts"])
-        axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-        axis.set_title(task)
-        axis.set_ylabel("final validation loss minus float32 AdamW's")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main(
     task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Paired runs of each optimizer.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
     peers: Annotated[bool, typer.Option(help="Also bitsandbytes' and FlashOptim's formats (emulated).")] = False,
     quick: Annotated[bool, typer.Option(help="Short runs, to see that everything works.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and PNG files.")] = harness.RESULTS,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON and Markdown files.")] = harness.RESULTS,
 ) -> None:
     """Compare final validation losses; ends with 1 where ours has no parity or the control passes."""
     chosen = task or list(TASKS)
@@ -177,10 +149,7 @@ def main(
     rows = rows_of(data)
     harness.print_table(title, header, rows)
     criterion = "\n".join(line.strip() for line in (__doc__ or "").split("Criterion. ")[1].splitlines())
-    path = harness.write_results(
-        "parity", data, f"# {title}\n\n{criterion}\n\n{harness.markdown_table(header, rows)}", output
-    )
-    plot(data, path.with_suffix(".png"))
+    harness.write_results("parity", data, f"# {title}\n\n{criterion}\n\n{harness.markdown_table(header, rows)}", output)
     if not all(found["valid"] and found["verdicts"][OURS]["parity"] for found in data["tasks"].values()):
         raise typer.Exit(1)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,11 +54,6 @@ def reader(folder: Path) -> Results:
         return data
 
     return read
-
-
-def names() -> list[str]:
-    """Of all results that the section quotes."""
-    return sorted(set(re.findall(r'read\("(\w+)"\)', Path(__file__).read_text())))
 
 
 def figure(value: float, digits: int = 2) -> str:
@@ -310,6 +304,18 @@ def section(read: Results) -> str:
         closing(read),
     ]
     return "\n\n".join(parts)
+
+
+def names(folder: Path = harness.RESULTS) -> list[str]:
+    """Of all results that the section quotes."""
+    asked, read = set[str](), reader(folder)
+
+    def recorded(name: str) -> Mapping[str, Any]:
+        asked.add(name)
+        return read(name)
+
+    section(recorded)
+    return sorted(asked)
 
 
 def whole(text: str, read: Results) -> str:
